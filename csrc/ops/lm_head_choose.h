@@ -1,0 +1,53 @@
+#pragma once
+// Contract of lm_head_choose: LM head and the choice of a token in one pass, without a logits tensor.
+//
+//   l = hidden_states weight^T                       logprob of the chosen token: l[token] - logsumexp(l)
+//   temperature 0: token = argmax l                  the lowest id of equals
+//   else:          token = argmax over the kept ids of l / temperature + g,   g = -log(-log(u)) of Philox bits
+//
+// Kept ids: the top_k largest, then the smallest set with probability >= top_p, then probability >= min_p of the
+// largest; in this order, each over what the one before left. Ids whose logit equals a limit are all kept. Rows that use any of the three write their logits
+// to a scratch row and are decided from there.
+//
+// The noise is a function of (seed, sample, position, token id) alone: two rows that decide the same position of the
+// same sample meet the same noise, whichever step or batch they are in (arXiv 2408.07978).
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace blockdraft {
+
+struct LmHeadChooseParams {
+  const float* hidden_states;  // [T, 2 * pairs] float32, zero from H on
+  const void* packed;          // [panels, pairs, 64] of dtype
+  const float* temperature;    // [T], 0 is greedy
+  const int32_t* top_k;        // [T], 0 is off
+  const float* top_p;          // [T], 1 is off
+  const float* min_p;          // [T], 0 is off
+  const int64_t* seeds;        // [T]
+  const int32_t* samples;      // [T], sample index of a request
+  const int32_t* positions;    // [T], position the token is for
+  const int32_t* logits_rows;  // [T], row of logits for rows with top_k, top_p or min_p, else -1
+  float* partial;              // scratch [blocks, T, 5]: maximum, sum of exp, best score, its logit, its id (bits)
+  float* logits;               // scratch [rows with truncation, 32 * panels]
+  float* weights;              // scratch [rows with truncation, 32 * panels]: exp of the scaled logits
+  int32_t* tokens;             // [T]
+  float* logprobs;             // [T]
+  int64_t T, V, panels, pairs, blocks;
+  DType dtype;
+};
+
+inline constexpr int64_t kHeadPanels = 16;  // panels of a block, whose partial results are merged in order
+
+namespace cpu {
+// Blocks [begin, end) of 512 ids.
+void lm_head_choose(const LmHeadChooseParams& p, int64_t begin, int64_t end);
+// Rows [begin, end): merges the blocks; decides truncated rows from their logits.
+void lm_head_choose_merge(const LmHeadChooseParams& p, int64_t begin, int64_t end);
+}  // namespace cpu
+
+namespace gpu {
+const char* lm_head_choose(const LmHeadChooseParams& p, void* stream);
+}  // namespace gpu
+
+}  // namespace blockdraft

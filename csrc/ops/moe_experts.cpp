@@ -1,0 +1,99 @@
+#include "ops/moe_experts.h"
+
+#include <vector>
+
+#include "common/host.h"
+
+namespace blockdraft {
+namespace {
+
+// Rows grouped by expert, in their own order within an expert; skipped rows (id E) last.
+struct Grouping {
+  std::vector<int32_t> sorted_rows, expert_rows, expert_ids;
+
+  Grouping(const int32_t* topk_ids, int64_t T, int64_t E) : sorted_rows(T) {
+    std::vector<int32_t> next(E + 2, 0);
+    for (int64_t t = 0; t < T; ++t) ++next[topk_ids[t] + 1];
+    for (int64_t e = 0; e < E; ++e)
+      if (next[e + 1] > 0) expert_ids.push_back(static_cast<int32_t>(e));
+    for (int64_t e = 0; e <= E; ++e) next[e + 1] += next[e];
+    for (int32_t e : expert_ids) expert_rows.push_back(next[e]);
+    expert_rows.push_back(next[E]);
+    for (int64_t t = 0; t < T; ++t) sorted_rows[next[topk_ids[t]]++] = static_cast<int32_t>(t);
+  }
+};
+
+void run_cpu(MoeExpertsParams& p, const Tensor& x, const int32_t* topk_ids, int64_t E) {
+  const Grouping grouping(topk_ids, p.T, E);
+  const int64_t routed = grouping.expert_rows.back();
+  const WideRows rows(x, grouping.sorted_rows.data());
+  const Tensor hidden = scratch(x, {p.T, 2 * p.inner_pairs});
+  p.x = rows.rows();
+  p.sorted_rows = grouping.sorted_rows.data();
+  p.expert_rows = grouping.expert_rows.data();
+  p.expert_ids = grouping.expert_ids.data();
+  p.touched = static_cast<int64_t>(grouping.expert_ids.size());
+  p.hidden = write<float>(hidden);
+  const int64_t mean_rows = std::max<int64_t>(1, routed / std::max<int64_t>(1, p.touched));
+  run_tasks(cpu::moe_experts_up, p, p.touched * ceil_div(p.I, kPanelOutputs), 8192 / (p.pairs * mean_rows));
+  run_tasks(cpu::moe_experts_down, p, p.touched * ceil_div(p.H, kPanelOutputs), 16384 / (p.inner_pairs * mean_rows));
+  p.sorted_rows += routed;
+  run_tasks(cpu::moe_experts_skip, p, p.T - routed, 8);
+}
+
+Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate_up_proj,
+                   const Tensor& down_proj, int64_t intermediate_size, bool skip_identity) {
+  Dim T{"T"}, H{"H"}, E{"E"}, up_panels{"2 * ceil(I / 32)"}, down_panels{"ceil(H / 32)"}, h_pairs{"ceil(H / 2)"},
+      i_pairs{"ceil(I / 2)"}, pair{"64", kPanelPair};
+  const Checker checker("moe_experts", x);
+  checker.tensor(x, "x", {&T, &H}, {ScalarType::Float, ScalarType::BFloat16});
+  const std::initializer_list<ScalarType> same = {x.scalar_type()};
+  check(intermediate_size > 0, "moe_experts: intermediate_size must be positive, got ", intermediate_size);
+  h_pairs.size = ceil_div(H, 2), i_pairs.size = ceil_div(intermediate_size, 2);
+  up_panels.size = 2 * ceil_div(intermediate_size, kPanelOutputs), down_panels.size = ceil_div(H, kPanelOutputs);
+  checker.tensor(topk_ids, "topk_ids", {&T}, {ScalarType::Int});
+  checker.tensor(topk_weights, "topk_weights", {&T}, {ScalarType::Float});
+  checker.tensor(gate_up_proj, "gate_up_proj", {&E, &up_panels, &h_pairs, &pair}, same);
+  checker.tensor(down_proj, "down_proj", {&E, &down_panels, &i_pairs, &pair}, same);
+  check_values<int32_t>("moe_experts", "topk_ids", topk_ids, 0, E);
+
+  Tensor out = torch::stable::empty_like(x);
+  if (T == 0) return out;
+  MoeExpertsParams p{.x = nullptr,
+                     .sorted_rows = nullptr,
+                     .expert_rows = nullptr,
+                     .expert_ids = nullptr,
+                     .topk_weights = read<float>(topk_weights),
+                     .gate_up_proj = gate_up_proj.const_data_ptr(),
+                     .down_proj = down_proj.const_data_ptr(),
+                     .hidden = nullptr,
+                     .skipped = skip_identity ? x.const_data_ptr() : nullptr,
+                     .out = out.mutable_data_ptr(),
+                     .T = T,
+                     .H = H,
+                     .I = intermediate_size,
+                     .touched = 0,
+                     .pairs = h_pairs,
+                     .inner_pairs = i_pairs,
+                     .dtype = to_dtype(x.scalar_type())};
+  if constexpr (kBackend == Backend::kCpu) {
+    run_cpu(p, x, read<int32_t>(topk_ids), E);
+  } else {
+    launch_gpu("moe_experts", x, [&](void* stream) { return gpu::moe_experts(p, stream); });
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
+  if constexpr (kDefinesSchemas) {
+    m.def(
+        "moe_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
+        "int intermediate_size, bool skip_identity) -> Tensor");
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(BLOCKDRAFT_NAMESPACE, BLOCKDRAFT_KEY, m) { m.impl("moe_experts", TORCH_BOX(&moe_experts)); }
+
+}  // namespace blockdraft

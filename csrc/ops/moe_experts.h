@@ -1,0 +1,42 @@
+#pragma once
+// Contract of moe_experts: each row through its expert.
+//
+//   out = weight * down_proj[id] (silu(gate) * up),   [gate ; up] = gate_up_proj[id] x
+//
+// A row with id E is skipped: out = 0, or weight * x with skip_identity, and no expert is touched. The product
+// silu(gate) * up is rounded to dtype, as in the model's training code.
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace blockdraft {
+
+struct MoeExpertsParams {
+  const float* x;               // [T, 2 * pairs] float32 in the order of sorted_rows, zero from H on
+  const int32_t* sorted_rows;   // [T], rows by expert, skipped rows last
+  const int32_t* expert_rows;   // [touched + 1], where each touched expert's rows begin in sorted_rows
+  const int32_t* expert_ids;    // [touched]
+  const float* topk_weights;    // [T]
+  const void* gate_up_proj;     // packed [E, 2 * ceil(I / 32), pairs, 64] of dtype, gate and up panels in turn
+  const void* down_proj;        // packed [E, ceil(H / 32), inner_pairs, 64] of dtype
+  float* hidden;                // scratch [T, 2 * inner_pairs], in the order of sorted_rows
+  const void* skipped;          // x [T, H] of dtype where a skipped row gives weight * x, else nullptr
+  void* out;                    // [T, H] of dtype
+  int64_t T, H, I, touched, pairs, inner_pairs;
+  DType dtype;
+};
+
+namespace cpu {
+// (expert, panel pair) tasks [begin, end) of touched * ceil(I / 32): hidden.
+void moe_experts_up(const MoeExpertsParams& p, int64_t begin, int64_t end);
+// (expert, panel) tasks [begin, end) of touched * ceil(H / 32): out of the routed rows.
+void moe_experts_down(const MoeExpertsParams& p, int64_t begin, int64_t end);
+// Entries [begin, end) of sorted_rows, all skipped.
+void moe_experts_skip(const MoeExpertsParams& p, int64_t begin, int64_t end);
+}  // namespace cpu
+
+namespace gpu {
+const char* moe_experts(const MoeExpertsParams& p, void* stream);
+}  // namespace gpu
+
+}  // namespace blockdraft

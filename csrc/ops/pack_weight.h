@@ -1,0 +1,30 @@
+#pragma once
+// Contract of pack_weight: the order in which the kernels of a device stream a weight matrix.
+//
+// CPU: panels of 32 outputs, two neighbouring k at a time (csrc/cpu/gemm.h):
+//   packed[e][p][k / 2][..] = weight[e][row(p, c)][k], 32 c; inner order [32][2] in bfloat16, [2][32] in float32.
+// With halves = 2 the matrix is two stacked ones (gate above up): panel 2i holds rows 32i.. of the first, panel 2i + 1
+// those of the second, so that a SwiGLU finds both beside each other. Missing rows and an odd last k are zeros.
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace blockdraft {
+
+struct PackWeightParams {
+  const void* weight;  // [E, N, K] of dtype
+  void* packed;        // [E, panels, pairs, 64] of dtype
+  int64_t E, N, K, halves, panels, pairs;
+  DType dtype;
+};
+
+namespace cpu {
+// Panels [begin, end) of E * panels.
+void pack_weight(const PackWeightParams& p, int64_t begin, int64_t end);
+}  // namespace cpu
+
+namespace gpu {
+const char* pack_weight(const PackWeightParams& p, void* stream);
+}  // namespace gpu
+
+}  // namespace blockdraft

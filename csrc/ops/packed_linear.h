@@ -1,0 +1,39 @@
+#pragma once
+// Contract of packed_linear: out = x weight^T with a packed weight and float32 sums. A row's bits depend on its own
+// values and the weight alone.
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace blockdraft {
+
+struct PackedLinearParams {
+  const float* x;      // [T, 2 * pairs] float32, zero from K on
+  const void* packed;  // [panels, pairs, 64] of dtype
+  void* out;           // [T, N] of dtype, float32 where out_float32
+  int64_t T, N, panels, pairs;
+  DType dtype;
+  bool out_float32;
+};
+
+// Rows of dtype to the padded float32 rows that matrix products read.
+struct WidenRowsParams {
+  const void* x;         // [T, K] of dtype
+  const int32_t* order;  // [T], source row of each output row; nullptr for the identity
+  float* out;            // [T, stride]
+  int64_t T, K, stride;
+  DType dtype;
+};
+
+namespace cpu {
+// Rows [begin, end) of out.
+void widen_rows(const WidenRowsParams& p, int64_t begin, int64_t end);
+// Panels [begin, end).
+void packed_linear(const PackedLinearParams& p, int64_t begin, int64_t end);
+}  // namespace cpu
+
+namespace gpu {
+const char* packed_linear(const PackedLinearParams& p, void* stream);
+}  // namespace gpu
+
+}  // namespace blockdraft

@@ -1,0 +1,42 @@
+import torch
+from torch import Tensor
+
+
+def moe_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    intermediate_size: int,
+    skip_identity: bool = False,
+) -> Tensor:
+    """Each row through its expert: ``weight * down_proj[id] (silu(gate) * up)``, ``[gate; up] = gate_up_proj[id] x``.
+
+    Rows are grouped by expert; each touched expert's weights are read once. A row with id E is skipped: it gives 0, or
+    ``weight * x`` with skip_identity, and touches no weights. float32 sums; ``silu(gate) * up`` is rounded to the dtype
+    of x.
+
+    Args:
+        x: ``[T, H]``, float32 or bfloat16.
+        topk_ids: ``[T]``, int32, in [0, E]; E is skip.
+        topk_weights: ``[T]``, float32.
+        gate_up_proj: ``pack_weight(.., halves=2)`` of ``[E, 2 * I, H]``, gate rows first, in the dtype of x.
+        down_proj: ``pack_weight`` of ``[E, H, I]`` in the dtype of x.
+        intermediate_size: I.
+        skip_identity: What a skipped row gives.
+
+    Returns:
+        ``[T, H]`` in the dtype of x.
+
+    Raises:
+        RuntimeError: An argument has a wrong shape, dtype, layout or device, or (on the CPU) an id is out of range.
+    """
+    return torch.ops.blockdraft.moe_experts(
+        x, topk_ids, topk_weights, gate_up_proj, down_proj, intermediate_size, skip_identity
+    )
+
+
+@torch.library.register_fake("blockdraft::moe_experts")
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,17 @@
+import torch
+from torch import Tensor
+
+
+def verify_tokens(
+    token_ids: Tensor, chosen: Tensor, cu_rows: Tensor, verify_lengths: Tensor, limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`blockdraft.ops.verify_tokens`, sequence by sequence."""
+    results = []
+    for first, length, limit in zip(cu_rows.tolist(), verify_lengths.tolist(), limits.tolist(), strict=False):
+        drafts, decided = token_ids[first + 1 : first + length], chosen[first : first + length - 1]
+        accepted = int((drafts == decided).long().cumprod(0).sum())
+        committed = min(accepted + 1, max(0, limit))
+        last = first + committed - 1 if committed else -1
+        results.append((accepted, committed, last, int(chosen[last]) if committed else -1))
+    columns = torch.tensor(results, dtype=torch.int32).reshape(-1, 4)
+    return tuple(column.contiguous() for column in columns.unbind(1))
