@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/backend.h"
+#include "common/cpu_isa.h"
 #include "ops/packed_linear.h"
 
 namespace blockdraft {
@@ -30,6 +31,7 @@ inline Tensor scratch(const Tensor& t, std::initializer_list<int64_t> size, Scal
 // kernel(p, begin, end) over [0, tasks), at least `grain` tasks a thread.
 template <class Params>
 void run_tasks(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, int64_t tasks, int64_t grain = 1) {
+  cpu_isa();  // a wrong BLOCKDRAFT_CPU_ISA throws here: inside the loop torch would replace the message
   if (tasks > 0)
     torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, grain),
                                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

@@ -15,16 +15,17 @@ struct Queries {
   int64_t count;
   int32_t low[kQueries], high[kQueries];  // visible positions [low, high)
   float maximum[kQueries], denominator[kQueries], correction[kQueries];
-  alignas(64) float q[kQueries * kMaxHead];     // times softmax_scale
+  alignas(64) float q[kQueries * kMaxHead];
   alignas(64) float sums[kQueries * kMaxHead];  // [count][panels * 32]
   alignas(64) float scores[kQueries * kTile];
 };
 
-// Tiles of one head: those of the pages, and room for one that is assembled.
+// Room for a tile that is assembled, and for the values of one as a single query sees it.
 template <class T>
 struct Tiles {
   alignas(64) T keys[kTile * kMaxHead];
   alignas(64) T values[kTile * kMaxHead];
+  alignas(64) T visible[kTile * kMaxHead];
 };
 
 template <class T>
@@ -40,7 +41,7 @@ void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int6
     s.maximum[i] = -kInfinity;
     s.denominator[i] = 0;
     const T* q = static_cast<const T*>(p.q) + (row * p.Hq + head) * p.D;
-    for (int64_t d = 0; d < p.D; ++d) s.q[i * p.D + d] = widen(q[d]) * p.softmax_scale;
+    for (int64_t d = 0; d < p.D; ++d) s.q[i * p.D + d] = widen(q[d]);
   }
   __builtin_memset(s.sums, 0, s.count * panels * kPanel * sizeof(float));
 }
@@ -87,7 +88,9 @@ void update_softmax(Queries& s, int64_t i, int32_t first) {
   const float highest = maximum(s.maximum[i], maximum(max_lanes(score[0]), max_lanes(score[1])));
   s.correction[i] = 1;
   Vec weight[2] = {};
-  if (highest != -kInfinity) {
+  if (any_lane((score[0] != score[0]) | (score[1] != score[1]))) {  // `maximum` passes over a NaN: it must not vanish
+    weight[0] = splat(__builtin_nanf(""));
+  } else if (highest != -kInfinity) {
     s.correction[i] = exp(s.maximum[i] - highest);
     for (int j = 0; j < 2; ++j) weight[j] = exp(score[j] - highest);
   }
@@ -96,21 +99,55 @@ void update_softmax(Queries& s, int64_t i, int32_t first) {
   for (int j = 0; j < 2; ++j) store(s.scores + i * kTile + j * kLanes, weight[j]);
 }
 
+// sums = sums * correction + weights * values for queries [begin, begin + count).
 template <class T>
-void attend_tile(const BlockAttentionParams& p, Queries& s, int32_t first, const T* keys, const T* values) {
+void add_values(const BlockAttentionParams& p, Queries& s, int64_t begin, int64_t count, const T* values) {
   const int64_t panels = blocks(p.D, kPanel), width = panels * kPanel;
-  multiply_panel(s.q, p.D, s.count, keys, p.D / 2, [&](int64_t i, const Vec(&total)[2]) {
-    store(s.scores + i * kTile, total[0]);
-    store(s.scores + i * kTile + kLanes, total[1]);
-  });
-  for (int64_t i = 0; i < s.count; ++i) update_softmax(s, i, first);
   for (int64_t panel = 0; panel < panels; ++panel)
-    multiply_panel(s.scores, kTile, s.count, values + panel * kPanel * kTile, kTile / 2,
+    multiply_panel(s.scores + begin * kTile, kTile, count, values + panel * kPanel * kTile, kTile / 2,
                    [&](int64_t i, const Vec(&total)[2]) {
-                     float* sums = s.sums + i * width + panel * kPanel;
+                     float* sums = s.sums + (begin + i) * width + panel * kPanel;
                      for (int j = 0; j < 2; ++j)
-                       store(sums + j * kLanes, load(sums + j * kLanes) * s.correction[i] + total[j]);
+                       store(sums + j * kLanes, load(sums + j * kLanes) * s.correction[begin + i] + total[j]);
                    });
+}
+
+template <class T>
+bool is_finite(const T* values, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= widen(values[i]) * 0 == 0;
+  return finite;
+}
+
+// A weight of 0 does not hide a value that is not finite. Where a tile has one and a query does not see all of the
+// tile, each query gets a copy in which what it does not see is cleared: another row's NaN stays in that row.
+template <class T>
+void add_values_apart(const BlockAttentionParams& p, Queries& s, int32_t first, const T* values, T* own) {
+  const int64_t size = kTile * blocks(p.D, kPanel) * kPanel;
+  const T zeros[kMaxHead] = {};
+  for (int64_t i = 0; i < s.count; ++i) {
+    __builtin_memcpy(own, values, size * sizeof(T));
+    for (int32_t slot = 0; slot < kTile; ++slot)
+      if (first + slot < s.low[i] || first + slot >= s.high[i]) write_value(zeros, own, slot, p.D);
+    add_values(p, s, i, 1, own);
+  }
+}
+
+template <class T>
+void attend_tile(const BlockAttentionParams& p, Queries& s, int32_t first, const T* keys, const T* values, T* own) {
+  multiply_panel(s.q, p.D, s.count, keys, p.D / 2, [&](int64_t i, const Vec(&total)[2]) {
+    store(s.scores + i * kTile, total[0] * p.softmax_scale);
+    store(s.scores + i * kTile + kLanes, total[1] * p.softmax_scale);
+  });
+  bool partly_visible = false;
+  for (int64_t i = 0; i < s.count; ++i) {
+    update_softmax(s, i, first);
+    partly_visible |= s.low[i] > first || s.high[i] < first + kTile;
+  }
+  if (partly_visible && !is_finite(values, kTile * blocks(p.D, kPanel) * kPanel))
+    add_values_apart(p, s, first, values, own);
+  else
+    add_values(p, s, 0, s.count, values);
 }
 
 void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, const Queries& s) {
@@ -133,14 +170,16 @@ void attend(const BlockAttentionParams& p, const AttentionTask& task) {
   for (int64_t first = task.first_row; first < task.first_row + task.rows; first += step) {
     load_queries<T>(p, task, first, minimum(step, task.first_row + task.rows - first), s);
     int32_t low = s.low[0], high = s.high[0];
-    for (int64_t i = 1; i < s.count; ++i) low = s.low[i] < low ? s.low[i] : low, high = s.high[i] > high ? s.high[i] : high;
+    for (int64_t i = 1; i < s.count; ++i)
+      low = s.low[i] < low ? s.low[i] : low, high = s.high[i] > high ? s.high[i] : high;
     const int32_t prefix = high - (task.group_end - task.group_begin);
-    const int32_t begin = task.chunk * kAttentionChunk, end = static_cast<int32_t>(minimum(begin + kAttentionChunk, high));
+    const int32_t begin = task.chunk * kAttentionChunk,
+                  end = static_cast<int32_t>(minimum(begin + kAttentionChunk, high));
     for (int32_t tile = begin; tile < end; tile += kTile) {
       if (tile + kTile <= low) continue;
       const T *keys, *values;
       find_tile(p, task, prefix, tile, high, own, &keys, &values);
-      attend_tile(p, s, tile, keys, values);
+      attend_tile(p, s, tile, keys, values, own.visible);
     }
     store_partial(p, task, first, s);
   }

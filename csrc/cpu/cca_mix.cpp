@@ -5,8 +5,8 @@
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
 
-constexpr int64_t kRows = 16;      // rows of a task
-constexpr int64_t kMaxHead = 256;  // head dimensions a task has room for
+constexpr int64_t kRows = 16;                // rows of a task
+constexpr int64_t kMaxHead = 256;            // head dimensions a task has room for
 constexpr float kNormFloor = 1.1920929e-7f;  // as transformers in float32: a zero head stays zero
 
 // u of a row's ancestors: the parent's row, or the committed state.
@@ -44,8 +44,7 @@ void add_mean(const CcaMixParams& p, int64_t head, const T* u, float* y) {
   const int64_t G = p.Hq / p.Hkv;
   const T* keys = u + p.Hq * p.D;
   if (head < p.Hq) {
-    for (int64_t d = 0; d < p.D; ++d)
-      y[d] += 0.5f * (widen(u[head * p.D + d]) + widen(keys[head / G * p.D + d]));
+    for (int64_t d = 0; d < p.D; ++d) y[d] += 0.5f * (widen(u[head * p.D + d]) + widen(keys[head / G * p.D + d]));
     return;
   }
   const int64_t h = head - p.Hq;
@@ -79,8 +78,7 @@ void mix_head(const CcaMixParams& p, int64_t head, int64_t first, int64_t rows) 
   const int64_t C = (p.Hq + p.Hkv) * p.D, width = C + p.Hkv * p.D, panels = blocks(p.D, kPanel);
   const T* qkv = static_cast<const T*>(p.qkv);
   float* mixed = p.mixed + (head * p.T + first) * 2 * p.D;
-  for (int64_t r = 0; r < rows; ++r)
-    mix_depthwise(p, first + r, head, qkv + (first + r) * width, mixed + r * 2 * p.D);
+  for (int64_t r = 0; r < rows; ++r) mix_depthwise(p, first + r, head, qkv + (first + r) * width, mixed + r * 2 * p.D);
 
   // Grouped convolution.
   float y[kRows][kMaxHead];

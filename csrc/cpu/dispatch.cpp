@@ -13,20 +13,20 @@
 #include "ops/verify_tokens.h"
 
 #ifdef __x86_64__
-#define BLOCKDRAFT_CPU_KERNEL(name, Params)                                \
-  namespace base {                                                         \
-  void name(const Params& p, int64_t begin, int64_t end);                  \
-  }                                                                        \
-  namespace avx2 {                                                         \
-  void name(const Params& p, int64_t begin, int64_t end);                  \
-  }                                                                        \
-  namespace avx512 {                                                       \
-  void name(const Params& p, int64_t begin, int64_t end);                  \
-  }                                                                        \
-  void name(const Params& p, int64_t begin, int64_t end) {                 \
+#define BLOCKDRAFT_CPU_KERNEL(name, Params)                               \
+  namespace base {                                                        \
+  void name(const Params& p, int64_t begin, int64_t end);                 \
+  }                                                                       \
+  namespace avx2 {                                                        \
+  void name(const Params& p, int64_t begin, int64_t end);                 \
+  }                                                                       \
+  namespace avx512 {                                                      \
+  void name(const Params& p, int64_t begin, int64_t end);                 \
+  }                                                                       \
+  void name(const Params& p, int64_t begin, int64_t end) {                \
     if (cpu_isa() == CpuIsa::kAvx512) return avx512::name(p, begin, end); \
     if (cpu_isa() == CpuIsa::kAvx2) return avx2::name(p, begin, end);     \
-    base::name(p, begin, end);                                             \
+    base::name(p, begin, end);                                            \
   }
 #else
 #define BLOCKDRAFT_CPU_KERNEL(name, Params)               \

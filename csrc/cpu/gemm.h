@@ -14,7 +14,7 @@ constexpr int kTileRows = 6;  // 6 rows x 2 vectors x even and odd: 24 of 32 reg
 #else
 constexpr int kTileRows = 2;  // 16 registers of 8 lanes hold one row and a half; 1 and 4 were slower
 #endif
-constexpr int64_t kBlockRows = 48;  // rows whose sums are kept while a part of the panel is in the L1 cache
+constexpr int64_t kBlockRows = 48;    // rows whose sums are kept while a part of the panel is in the L1 cache
 constexpr int64_t kBlockPairs = 128;  // 16 KB of bfloat16 panel: a third of the L1 cache
 
 struct PairOf {

@@ -111,8 +111,7 @@ float kept_from(const LmHeadChooseParams& p, int64_t t, const float* logits, flo
   if (p.top_k[t] > 0 && p.top_k[t] < p.V)
     limit = largest_limit(logits, nullptr, n, static_cast<float>(p.top_k[t]), limit);
   if (p.top_p[t] < 1) {
-    for (int64_t i = 0; i < n; i += kLanes)
-      store(weights + i, exp((load(logits + i) - highest) / p.temperature[t]));
+    for (int64_t i = 0; i < n; i += kLanes) store(weights + i, exp((load(logits + i) - highest) / p.temperature[t]));
     const float left = mass_from(logits, weights, n, ordered(splat(limit))[0]);
     limit = largest_limit(logits, weights, n, p.top_p[t] * left, limit);
   }

@@ -75,6 +75,12 @@ BLOCKDRAFT_INLINE float max_lanes(Vec v) {
   return best;
 }
 
+BLOCKDRAFT_INLINE bool any_lane(IntVec mask) {
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= mask[i];
+  return any != 0;
+}
+
 // exp by reduction to |r| <= ln(2) / 2 and the Taylor series to r^7: relative error below 2e-7, exactly 1 at 0 and
 // exactly 0 below -87 (float32 denormals are not produced), so that masked scores of -inf vanish.
 BLOCKDRAFT_INLINE Vec exp(Vec x) {

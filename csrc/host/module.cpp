@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/cpu_isa.h"
+#include "host/read_bandwidth.h"
 
 namespace py = pybind11;
 
@@ -21,4 +22,7 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "cpu_isa", [] { return blockdraft::kCpuIsaNames[static_cast<int>(blockdraft::cpu_isa())]; },
       "Instruction set the CPU kernels use: base, avx2 or avx512.");
+  m.def("read_bandwidth", &blockdraft::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
+        py::call_guard<py::gil_scoped_release>(),
+        "GB/s (1e9 bytes) at which the threads together read a buffer of this size: the best of the repeats.");
 }

@@ -12,9 +12,10 @@ struct Plan {
   std::vector<int32_t> row_chunks;
 };
 
-// Rows of one task have one group; every key a task may need lies in [0, prefix + group) of its last row.
-Plan make_plan(const int32_t* cu_rows, const int32_t* row_prefix, const int32_t* begins, const int32_t* ends,
-               int64_t B, int64_t T, int64_t Hkv) {
+// Rows of one task have one group, which stands at one place (causal rows have none); every key a task may need lies in
+// [0, prefix + group) of its last row.
+Plan make_plan(const int32_t* cu_rows, const int32_t* row_prefix, const int32_t* begins, const int32_t* ends, int64_t B,
+               int64_t T, int64_t Hkv) {
   Plan plan;
   plan.row_chunks.assign(T + 1, 0);
   for (int64_t r = 0; r < T; ++r)
@@ -24,7 +25,7 @@ Plan make_plan(const int32_t* cu_rows, const int32_t* row_prefix, const int32_t*
     for (int32_t first = cu_rows[b], last; first < cu_rows[b + 1]; first = last) {
       last = first + 1;
       while (last < cu_rows[b + 1] && last - first < kAttentionRows && begins[last] == begins[first] &&
-             ends[last] == ends[first])
+             ends[last] == ends[first] && (begins[first] == ends[first] || row_prefix[last] == row_prefix[first]))
         ++last;
       int32_t chunks = 0;
       for (int32_t r = first; r < last; ++r) chunks = std::max(chunks, plan.row_chunks[r + 1] - plan.row_chunks[r]);
@@ -39,9 +40,10 @@ void check_rows(const int32_t* cu_rows, const int32_t* row_prefix, const int32_t
                 const int32_t* page_table, int64_t B, int64_t T, int64_t M, int64_t N, int64_t page_size) {
   check(cu_rows[0] == 0 && cu_rows[B] == T, "block_attention: cu_rows must run from 0 to T=", T, ", got ", cu_rows[0],
         " to ", cu_rows[B]);
-  for (int64_t b = 0; b < B; ++b) {
+  for (int64_t b = 0; b < B; ++b)
     check(cu_rows[b] <= cu_rows[b + 1], "block_attention: cu_rows must not decrease, got ", cu_rows[b], " before ",
           cu_rows[b + 1]);
+  for (int64_t b = 0; b < B; ++b) {
     int64_t longest = 0;
     for (int64_t r = cu_rows[b]; r < cu_rows[b + 1]; ++r) {
       check(row_prefix[r] >= 0 && row_prefix[r] <= M * page_size, "block_attention: row_prefix must be in [0, ",
@@ -78,8 +80,11 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   checker.tensor(row_prefix, "row_prefix", {&T}, {ScalarType::Int});
   checker.tensor(row_group_begin, "row_group_begin", {&T}, {ScalarType::Int});
   checker.tensor(row_group_end, "row_group_end", {&T}, {ScalarType::Int});
+  check(Hq > 0, "block_attention: Hq must be positive, got ", Hq.size);
+  check(D > 0, "block_attention: D must be positive, got ", D.size);
   check(Hkv > 0 && Hq % Hkv == 0, "block_attention: Hq must be a multiple of Hkv=", Hkv.size, ", got ", Hq.size);
   check(D % 2 == 0 && D <= 256, "block_attention: D must be even and at most 256, got ", D.size);
+  check(tiles > 0, "block_attention: k_pages must have at least one tile a page, got 0");
   checker.size("last size of k_pages", k_size, kAttentionTile * D);
   checker.size("last size of v_pages", v_size, kAttentionTile * ceil_div(D, kPanelOutputs) * kPanelOutputs);
   check(Hq / Hkv <= 16, "block_attention: at most 16 query heads per key-value head, got ", Hq / Hkv);

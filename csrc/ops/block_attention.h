@@ -16,25 +16,25 @@ namespace blockdraft {
 
 struct AttentionTask {
   int32_t sequence;
-  int32_t first_row, rows;           // neighbouring rows of one sequence with the same group
-  int32_t head;                      // key-value head
-  int32_t chunk;                     // of 512 absolute positions
-  int32_t group_begin, group_end;    // rows of the group, empty for causal rows
+  int32_t first_row, rows;         // neighbouring rows of one sequence with the same group
+  int32_t head;                    // key-value head
+  int32_t chunk;                   // of 512 absolute positions
+  int32_t group_begin, group_end;  // rows of the group, empty for causal rows
 };
 
 struct BlockAttentionParams {
-  const void* q;                   // [T, Hq, D] of dtype
-  const void* k;                   // [T, Hkv, D] of dtype, read for mask groups
-  const void* v;                   // [T, Hkv, D] of dtype
-  const void* k_pages;             // [N, Hkv, page_size / 32, ...] of dtype (cca_mix.h)
+  const void* q;        // [T, Hq, D] of dtype
+  const void* k;        // [T, Hkv, D] of dtype, read for mask groups
+  const void* v;        // [T, Hkv, D] of dtype
+  const void* k_pages;  // [N, Hkv, page_size / 32, ...] of dtype (cca_mix.h)
   const void* v_pages;
-  const int32_t* page_table;       // [B, M]
-  const int32_t* row_positions;    // [T]
-  const int32_t* row_prefix;       // [T]
-  const AttentionTask* tasks;      // [tasks]
-  const int32_t* row_chunks;       // [T + 1], offsets into the partial sums: chunks of the rows before
-  float* partial;                  // scratch [sum of chunks, Hq, D + 2]: sums, then maximum and denominator
-  void* out;                       // [T, Hq, D] of dtype
+  const int32_t* page_table;     // [B, M]
+  const int32_t* row_positions;  // [T]
+  const int32_t* row_prefix;     // [T]
+  const AttentionTask* tasks;    // [tasks]
+  const int32_t* row_chunks;     // [T + 1], offsets into the partial sums: chunks of the rows before
+  float* partial;                // scratch [sum of chunks, Hq, D + 2]: sums, then maximum and denominator
+  void* out;                     // [T, Hq, D] of dtype
   int64_t T, Hq, Hkv, D, M, page_size, sliding_window;  // sliding_window 0: none
   float softmax_scale;
   DType dtype;

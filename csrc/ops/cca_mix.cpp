@@ -8,12 +8,12 @@ namespace blockdraft {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_parents, const Tensor& row_positions,
-                                           const Tensor& row_states, const Tensor& row_slots,
-                                           const Tensor& conv_states, const Tensor& recurrent_states,
-                                           const Tensor& conv_qk_depthwise, const Tensor& conv_depthwise_bias,
-                                           const Tensor& conv_qk_grouped, const Tensor& conv_grouped_bias,
-                                           const Tensor& temp, const Tensor& inverse_frequencies,
-                                           const Tensor& k_pages, const Tensor& v_pages) {
+                                           const Tensor& row_states, const Tensor& row_slots, const Tensor& conv_states,
+                                           const Tensor& recurrent_states, const Tensor& conv_qk_depthwise,
+                                           const Tensor& conv_depthwise_bias, const Tensor& conv_qk_grouped,
+                                           const Tensor& conv_grouped_bias, const Tensor& temp,
+                                           const Tensor& inverse_frequencies, const Tensor& k_pages,
+                                           const Tensor& v_pages) {
   Dim T{"T"}, width{"C + Hkv * D"}, S{"S"}, two{"2", 2}, C{"C"}, delayed{"Hkv * D / 2"}, heads{"Hq + Hkv"},
       panels{"panels"}, D{"D"}, pair{"64", kPanelPair}, Hkv{"Hkv"}, half{"rotary / 2"}, N{"N"}, tiles{"tiles"},
       k_size{"32 * D"}, v_size{"32 * D rounded up to 32"};
@@ -37,7 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_
   checker.tensor(v_pages, "v_pages", {&N, &Hkv, &tiles, &v_size}, same);
   const int64_t Hq = heads - Hkv, page_size = tiles * kPanelOutputs;
   check(Hkv > 0 && Hq > 0 && Hq % Hkv == 0, "cca_mix: query heads must be a multiple of Hkv=", Hkv.size, ", got ", Hq);
-  check(D % 2 == 0 && Hkv * D % 2 == 0, "cca_mix: D must be even, got ", D.size);
+  check(D > 0 && D % 2 == 0 && D <= 256, "cca_mix: D must be even and from 2 to 256, got ", D.size);
+  check(tiles > 0, "cca_mix: k_pages must have at least one tile a page, got 0");
   checker.size("C of conv_states", C, heads * D);
   checker.size("columns of qkv", width, C + Hkv * D);
   checker.size("columns of recurrent_states", delayed, Hkv * D / 2);

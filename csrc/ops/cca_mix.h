@@ -19,8 +19,8 @@
 namespace blockdraft {
 
 struct CcaMixParams {
-  const void* qkv;                   // [T, C + Hkv * D] of dtype: q heads, k heads, v_current, v_delayed; C = (Hq + Hkv) * D
-  const int32_t* row_parents;        // [T], -1 or a row of the same sequence
+  const void* qkv;             // [T, C + Hkv * D] of dtype: q heads, k heads, v_current, v_delayed; C = (Hq + Hkv) * D
+  const int32_t* row_parents;  // [T], -1 or a row of the same sequence
   const int32_t* row_positions;      // [T], absolute
   const int32_t* row_states;         // [T], slot of the row's sequence in the states
   const int64_t* row_slots;          // [T], key slot page * page_size + offset, or -1: k and v stay in k and v below

@@ -13,12 +13,12 @@
 namespace blockdraft {
 
 struct CommitStatesParams {
-  const void* qkv;              // [L, T, C + Hkv * D] of dtype, as cca_mix read it; width = C + Hkv * D
-  const int32_t* row_parents;   // [T]
-  const int32_t* commit_rows;   // [B]
-  const int32_t* state_slots;   // [B]
-  void* conv_states;            // [L, S, 2, C] of dtype
-  void* recurrent_states;       // [L, S, delayed] of dtype
+  const void* qkv;             // [L, T, C + Hkv * D] of dtype, as cca_mix read it; width = C + Hkv * D
+  const int32_t* row_parents;  // [T]
+  const int32_t* commit_rows;  // [B]
+  const int32_t* state_slots;  // [B]
+  void* conv_states;           // [L, S, 2, C] of dtype
+  void* recurrent_states;      // [L, S, delayed] of dtype
   int64_t L, T, B, S, C, width, delayed;
   DType dtype;
 };

@@ -12,8 +12,9 @@ namespace {
 // Values no law exists for. Looked at on the CPU only.
 void check_laws(const LmHeadChooseParams& p) {
   for (int64_t t = 0; t < p.T; ++t) {
-    check(p.temperature[t] >= 0 && std::isfinite(p.temperature[t]),
-          "lm_head_choose: temperature must be finite and at least 0, got ", p.temperature[t], " at ", t);
+    // Below 1e-6 a logit divided by it may leave float32.
+    check(p.temperature[t] == 0 || (p.temperature[t] >= 1e-6f && std::isfinite(p.temperature[t])),
+          "lm_head_choose: temperature must be 0 or finite and at least 1e-06, got ", p.temperature[t], " at ", t);
     check(p.top_k[t] >= 0, "lm_head_choose: top_k must be at least 0, got ", p.top_k[t], " at ", t);
     check(p.top_p[t] > 0 && p.top_p[t] <= 1, "lm_head_choose: top_p must be in (0, 1], got ", p.top_p[t], " at ", t);
     check(p.min_p[t] >= 0 && p.min_p[t] <= 1, "lm_head_choose: min_p must be in [0, 1], got ", p.min_p[t], " at ", t);
@@ -59,6 +60,7 @@ std::tuple<Tensor, Tensor> lm_head_choose(const Tensor& hidden_states, const Ten
   checker.tensor(seeds, "seeds", {&T}, {ScalarType::Long});
   checker.tensor(samples, "samples", {&T}, {ScalarType::Int});
   checker.tensor(positions, "positions", {&T}, {ScalarType::Int});
+  check(H > 0, "lm_head_choose: H must be positive, got ", H.size);
   check(vocab_size > 0, "lm_head_choose: vocab_size must be positive, got ", vocab_size);
 
   Tensor tokens = scratch(hidden_states, {T}, ScalarType::Int), logprobs = scratch(hidden_states, {T});

@@ -6,8 +6,8 @@
 //   else:          token = argmax over the kept ids of l / temperature + g,   g = -log(-log(u)) of Philox bits
 //
 // Kept ids: the top_k largest, then the smallest set with probability >= top_p, then probability >= min_p of the
-// largest; in this order, each over what the one before left. Ids whose logit equals a limit are all kept. Rows that use any of the three write their logits
-// to a scratch row and are decided from there.
+// largest; in this order, each over what the one before left. Ids whose logit equals a limit are all kept. Rows that
+// use any of the three write their logits to a scratch row and are decided from there.
 //
 // The noise is a function of (seed, sample, position, token id) alone: two rows that decide the same position of the
 // same sample meet the same noise, whichever step or batch they are in (arXiv 2408.07978).

@@ -48,6 +48,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
   const Checker checker("moe_experts", x);
   checker.tensor(x, "x", {&T, &H}, {ScalarType::Float, ScalarType::BFloat16});
   const std::initializer_list<ScalarType> same = {x.scalar_type()};
+  check(H > 0, "moe_experts: H must be positive, got ", H.size);
   check(intermediate_size > 0, "moe_experts: intermediate_size must be positive, got ", intermediate_size);
   h_pairs.size = ceil_div(H, 2), i_pairs.size = ceil_div(intermediate_size, 2);
   up_panels.size = 2 * ceil_div(intermediate_size, kPanelOutputs), down_panels.size = ceil_div(H, kPanelOutputs);

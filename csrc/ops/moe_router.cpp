@@ -8,10 +8,10 @@ namespace blockdraft {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::optional<Tensor>& router_states,
-                                              const std::optional<Tensor>& router_states_scale,
-                                              const Tensor& down_proj, const Tensor& down_proj_bias,
-                                              const Tensor& norm_weight, const Tensor& fc1, const Tensor& fc1_bias,
-                                              const Tensor& fc2, const Tensor& fc2_bias, const Tensor& out_proj,
+                                              const std::optional<Tensor>& router_states_scale, const Tensor& down_proj,
+                                              const Tensor& down_proj_bias, const Tensor& norm_weight,
+                                              const Tensor& fc1, const Tensor& fc1_bias, const Tensor& fc2,
+                                              const Tensor& fc2_bias, const Tensor& out_proj,
                                               const Tensor& balancing_biases, double eps) {
   Dim T{"T"}, H{"H"}, R{"R"}, classes{"E + 1"}, r_panels{"ceil(R / 32)"}, e_panels{"ceil((E + 1) / 32)"},
       h_pairs{"ceil(H / 2)"}, r_pairs{"ceil(R / 2)"}, pair{"64", kPanelPair};
@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
   const std::initializer_list<ScalarType> same = {x.scalar_type()};
   checker.tensor(down_proj_bias, "down_proj_bias", {&R}, {ScalarType::Float});
   checker.tensor(balancing_biases, "balancing_biases", {&classes}, {ScalarType::Float});
+  check(H > 0, "moe_router: H must be positive, got ", H.size);
   check(R > 0 && classes > 1, "moe_router: R and E must be positive, got ", R.size, " and ", classes - 1);
   h_pairs.size = ceil_div(H, 2), r_pairs.size = ceil_div(R, 2);
   r_panels.size = ceil_div(R, kPanelOutputs), e_panels.size = ceil_div(classes, kPanelOutputs);

@@ -14,22 +14,22 @@
 namespace blockdraft {
 
 struct MoeRouterParams {
-  const float* x;                   // [T, 2 * pairs] float32, zero from H on
-  const float* router_states;       // [T, R], may be nullptr (layer 0)
-  const float* router_states_scale; // [R], nullptr where router_states is
-  const void* down_proj;            // packed [ceil(R / 32), pairs, 64] of dtype
-  const float* down_proj_bias;      // [R]
-  const float* norm_weight;         // [R]
-  const void* fc1;                  // packed [ceil(R / 32), ceil(R / 2), 64] of dtype
-  const float* fc1_bias;            // [R]
-  const void* fc2;                  // packed, as fc1
-  const float* fc2_bias;            // [R]
-  const void* out_proj;             // packed [ceil((E + 1) / 32), ceil(R / 2), 64] of dtype
-  const float* balancing_biases;    // [E + 1]
-  float* hidden;                    // scratch [T, 2, R rounded up to 2 + 32 lanes]
-  float* topk_weights;              // [T]
-  int32_t* topk_ids;                // [T], E is skip
-  float* router_states_out;         // [T, R]
+  const float* x;                    // [T, 2 * pairs] float32, zero from H on
+  const float* router_states;        // [T, R], may be nullptr (layer 0)
+  const float* router_states_scale;  // [R], nullptr where router_states is
+  const void* down_proj;             // packed [ceil(R / 32), pairs, 64] of dtype
+  const float* down_proj_bias;       // [R]
+  const float* norm_weight;          // [R]
+  const void* fc1;                   // packed [ceil(R / 32), ceil(R / 2), 64] of dtype
+  const float* fc1_bias;             // [R]
+  const void* fc2;                   // packed, as fc1
+  const float* fc2_bias;             // [R]
+  const void* out_proj;              // packed [ceil((E + 1) / 32), ceil(R / 2), 64] of dtype
+  const float* balancing_biases;     // [E + 1]
+  float* hidden;                     // scratch [T, 2, R rounded up to 2 + 32 lanes]
+  float* topk_weights;               // [T]
+  int32_t* topk_ids;                 // [T], E is skip
+  float* router_states_out;          // [T, R]
   int64_t T, R, E, pairs, hidden_stride;
   float eps;
   DType dtype;

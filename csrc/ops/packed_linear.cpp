@@ -10,6 +10,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
   const Checker checker("packed_linear", x);
   checker.tensor(x, "x", {&T, &K}, {ScalarType::Float, ScalarType::BFloat16});
   checker.tensor(packed_weight, "packed_weight", {&panels, &pairs, &pair}, {x.scalar_type()});
+  check(K > 0, "packed_linear: K must be positive, got ", K.size);
   checker.size("pairs of packed_weight", pairs, ceil_div(K, 2));
   checker.size("panels of packed_weight", panels, ceil_div(out_features, kPanelOutputs));
 

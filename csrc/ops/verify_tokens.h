@@ -4,7 +4,8 @@
 // The first rows of sequence b, verify_lengths[b] of them, are its anchor and drafts; chosen[r] is the token that row r
 // decides for the position after it. Draft i (row i) is accepted while it equals chosen of the row before. All of
 //
-//   accepted = number of accepted drafts, committed = min(accepted + 1, limits), next = chosen of the last committed row
+//   accepted = number of accepted drafts, committed = min(accepted + 1, limits), next = chosen of the last committed
+//   row
 //
 // stay on the device. limits[b] = 0 commits nothing: the sequence is left as it was.
 #include <cstdint>

@@ -22,9 +22,9 @@ def cca_mix(
     """From the joint projection of each row to its query, key and value; writes keys and values into the pages.
 
     Compressed convolutional attention (arXiv 2510.04476; ZAYA1): depthwise and grouped causal convolutions over
-    ``u = [q | k]``, means of the raw projections, L2 norm to ``sqrt(D)``, key temperature, partial rotary embedding, and
-    a value of which the second half of the heads comes from the preceding token. The preceding token of a row is its
-    parent, so one call serves prefill, decoding, verification, mask groups and packed sequences alike.
+    ``u = [q | k]``, means of the raw projections, L2 norm to ``sqrt(D)``, key temperature, partial rotary embedding,
+    and a value of which the second half of the heads comes from the preceding token. The preceding token of a row is
+    its parent, so one call serves prefill, decoding, verification, mask groups and packed sequences alike.
 
     C = (Hq + Hkv) * D. Rows of one sequence lie together; a parent comes before its rows. With dtype float32 or
     bfloat16 for all tensors not said to be otherwise:
@@ -42,7 +42,7 @@ def cca_mix(
         conv_qk_grouped: ``pack_weight`` of ``[Hq + Hkv, D, 2 * D]``, a head's tap 0 (older) beside its tap 1.
         conv_grouped_bias: ``[C]``, float32.
         temp: ``[Hkv]``, float32, factor of the keys.
-        inverse_frequencies: ``[rotary / 2]``, float32; pairs are (i, i + rotary / 2), the rest of a head passes through.
+        inverse_frequencies: ``[rotary / 2]``, float32; pairs (i, i + rotary / 2), the rest of a head passes through.
         k_pages: ``[N, Hkv, page_size / 32, 32 * D]``, written in place.
         v_pages: ``[N, Hkv, page_size / 32, 32 * D rounded up to 32]``, written in place.
 

@@ -12,8 +12,8 @@ def commit_states(
 ) -> None:
     """Moves the CCA state of every layer to the last committed row of each sequence.
 
-    The state of a convolution is a slice of its past inputs: committing is a gather, and a rejected draft leaves nothing
-    to undo.
+    The state of a convolution is a slice of its past inputs: committing is a gather, and a rejected draft leaves
+    nothing to undo.
 
     Args:
         qkv: ``[L, T, C + Hkv * D]``, float32 or bfloat16, what `cca_mix` read in each layer.

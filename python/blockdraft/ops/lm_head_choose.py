@@ -26,7 +26,7 @@ def lm_head_choose(
         hidden_states: ``[T, H]``, float32 or bfloat16, after the final norm.
         packed_weight: ``pack_weight`` of ``[vocab_size, H]`` in the dtype of hidden_states.
         vocab_size: V.
-        temperature: ``[T]``, float32, >= 0; 0 is greedy (the lowest id of equals) and ignores the following.
+        temperature: ``[T]``, float32, 0 or at least 1e-6; 0 is greedy (the lowest id of equals) and ignores the rest.
         top_k: ``[T]``, int32; 0 is off.
         top_p: ``[T]``, float32 in (0, 1]; 1 is off.
         min_p: ``[T]``, float32 in [0, 1]; 0 is off.

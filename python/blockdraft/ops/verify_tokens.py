@@ -7,9 +7,9 @@ def verify_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How many rows of each sequence's block are committed, and which token comes next.
 
-    The first ``verify_lengths[b]`` rows of sequence b are its anchor and its drafts; ``chosen[r]`` is the token that the
-    model decides after row r. A draft is accepted while it equals the choice of the row before it. With shared noise
-    this is exact: the emitted tokens are those of plain decoding with the same seed.
+    The first ``verify_lengths[b]`` rows of sequence b are its anchor and its drafts; ``chosen[r]`` is the token that
+    the model decides after row r. A draft is accepted while it equals the choice of the row before it. With shared
+    noise this is exact: the emitted tokens are those of plain decoding with the same seed.
 
     Args:
         token_ids: ``[T]``, int32, tokens of the rows.
@@ -29,5 +29,7 @@ def verify_tokens(
 
 
 @torch.library.register_fake("blockdraft::verify_tokens")
-def _(token_ids: Tensor, chosen: Tensor, cu_rows: Tensor, verify_lengths: Tensor, limits: Tensor):  # noqa: ANN202
-    return tuple(torch.empty_like(limits) for _ in range(4))
+def _(
+    token_ids: Tensor, chosen: Tensor, cu_rows: Tensor, verify_lengths: Tensor, limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(limits), torch.empty_like(limits), torch.empty_like(limits), torch.empty_like(limits)

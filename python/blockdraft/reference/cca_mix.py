@@ -43,7 +43,7 @@ def cca_mix(
     pair = torch.cat([m1.view(T, heads, D), m0.view(T, heads, D)], -1)  # [T, heads, 2 * D]
     y = torch.einsum("tgi,goi->tgo", pair, w1) + conv_grouped_bias.view(heads, D)
 
-    q, k = u[:, : Hq * D].view(T, Hkv, -1, D), u[:, Hq * D :].view(T, Hkv, 1, D)
+    q, k = u[:, : Hq * D].view(T, Hkv, Hq // Hkv, D), u[:, Hq * D :].view(T, Hkv, 1, D)
     mean_q = 0.5 * (q + k)  # [T, Hkv, G, D]
     Q = y[:, :Hq] + mean_q.reshape(T, Hq, D)
     K = y[:, Hq:] + mean_q.mean(2)

@@ -1,6 +1,6 @@
 """The whole model in plain PyTorch, with autograd: what the training recipes use and the tests compare with.
 
-Parameter names are the checkpoint's own (`design of the native 40-layer layout`), so `state_dict()` is a checkpoint.
+Parameter names are the checkpoint's own (native 40-layer layout), so `state_dict()` is a checkpoint.
 Rows are parent-indexed like the operators' rows: one forward serves causal text and the doubled sequence of the TiDAR
 objective. There is no cache; nothing here is fast.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from blockdraft.model.config import ZayaConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class QKNorm(nn.Module):
 class CCAProjection(nn.Module):
     """q, k, v of compressed convolutional attention before the L2 norm."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
         c = config
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -110,7 +112,7 @@ class CCAProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer: int) -> None:
+    def __init__(self, config: ZayaConfig, layer: int) -> None:
         super().__init__()
         self.qkv_proj = CCAProjection(config)
         self.qk_norm = QKNorm(config.num_key_value_heads)
@@ -158,7 +160,7 @@ class RouterMLP(nn.Module):
 
 
 class Router(nn.Module):
-    def __init__(self, config, layer: int) -> None:
+    def __init__(self, config: ZayaConfig, layer: int) -> None:
         super().__init__()
         size, classes = config.router_hidden_size, config.num_experts + 1
         self.down_proj = Linear(config.hidden_size, size, bias=True)
@@ -178,11 +180,11 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    def __init__(self, config) -> None:
+    def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
-        E, H, I = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, H))
-        self.down_proj = nn.Parameter(torch.empty(E, H, I))
+        E, H, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, H))
+        self.down_proj = nn.Parameter(torch.empty(E, H, inner))
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """x ``[rows, H]``; a skipped row gives 0."""
@@ -200,7 +202,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, config, layer: int) -> None:
+    def __init__(self, config: ZayaConfig, layer: int) -> None:
         super().__init__()
         self.gate = Router(config, layer)
         self.experts = Experts(config)
@@ -213,7 +215,7 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config, layer: int) -> None:
+    def __init__(self, config: ZayaConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -231,7 +233,7 @@ class DecoderLayer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, config) -> None:
+    def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
@@ -255,7 +257,7 @@ class ZayaReference(nn.Module):
         config: A `blockdraft.ZayaConfig`.
     """
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)

@@ -1,7 +1,7 @@
 """Pages of keys and values as plain tensors.
 
-A page holds 32-key tiles of each key-value head in the packed order of `pack_weight`: keys as the rows of the matrix for
-k, head dimensions as its rows for v.
+A page holds 32-key tiles of each key-value head in the packed order of `pack_weight`: keys as the rows of the matrix
+for k, head dimensions as its rows for v.
 """
 
 import torch
@@ -12,9 +12,7 @@ from blockdraft.reference.pack_weight import pack_weight, unpack_weight
 TILE = 32
 
 
-def read_keys(
-    k_pages: Tensor, v_pages: Tensor, pages: Tensor, length: int, head_dim: int
-) -> tuple[Tensor, Tensor]:
+def read_keys(k_pages: Tensor, v_pages: Tensor, pages: Tensor, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """k and v ``[length, Hkv, D]`` of a sequence with these pages."""
     page_size = k_pages.shape[2] * TILE
     index = pages[: (length + page_size - 1) // page_size].long()
@@ -23,7 +21,8 @@ def read_keys(
     tiles_v = v_pages[index].transpose(1, 2).flatten(0, 1)
     k = unpack_weight(tiles_k.unflatten(-1, (1, D // 2, 64)), TILE, D)  # [tiles, Hkv, 32, D]
     v = unpack_weight(tiles_v.unflatten(-1, (panels, TILE // 2, 64)), D, TILE).transpose(-1, -2)
-    return tuple(x.transpose(1, 2).flatten(0, 1)[:length] for x in (k, v))
+    k, v = (x.transpose(1, 2).flatten(0, 1)[:length] for x in (k, v))
+    return k, v
 
 
 def write_keys(k_pages: Tensor, v_pages: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:

@@ -9,9 +9,10 @@ def verify_tokens(
     results = []
     for first, length, limit in zip(cu_rows.tolist(), verify_lengths.tolist(), limits.tolist(), strict=False):
         drafts, decided = token_ids[first + 1 : first + length], chosen[first : first + length - 1]
-        accepted = int((drafts == decided).long().cumprod(0).sum())
-        committed = min(accepted + 1, max(0, limit))
-        last = first + committed - 1 if committed else -1
-        results.append((accepted, committed, last, int(chosen[last]) if committed else -1))
+        right = int((drafts == decided).long().cumprod(0).sum())
+        kept = min(right + 1, max(0, limit))
+        last = first + kept - 1 if kept else -1
+        results.append((right, kept, last, int(chosen[last]) if kept else -1))
     columns = torch.tensor(results, dtype=torch.int32).reshape(-1, 4)
-    return tuple(column.contiguous() for column in columns.unbind(1))
+    accepted, committed, commit_rows, next_tokens = (column.contiguous() for column in columns.unbind(1))
+    return accepted, committed, commit_rows, next_tokens

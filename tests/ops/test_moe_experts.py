@@ -1,0 +1,270 @@
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+import blockdraft
+from ops.helpers import (
+    U32,
+    assert_batch_invariant,
+    assert_compiles_once,
+    assert_no_worse_than_eager,
+    assert_raises,
+    assert_within,
+    dtypes,
+    each_malformed_tensor,
+    each_size,
+    each_wrong_call,
+    opcheck,
+    same_bits,
+    sum_error,
+)
+
+
+def int32(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+@dataclass
+class Experts:
+    """Experts with random weights, and rows with ids; id E is skip."""
+
+    backend: Any
+    ids: Tensor
+    H: int
+    I: int  # noqa: E741
+    E: int
+    dtype: torch.dtype
+    skip_identity: bool = False
+
+    def __post_init__(self) -> None:
+        T = len(self.ids)
+        self.x = torch.randn(T, self.H).to(self.dtype)
+        self.weights = torch.rand(T)
+        self.gate_up = (2 * torch.randn(self.E, 2 * self.I, self.H) / self.H**0.5).to(self.dtype)
+        self.down = (torch.randn(self.E, self.H, self.I) / self.I**0.5).to(self.dtype)
+
+    def call(self) -> dict[str, Any]:
+        pack = self.backend.op("pack_weight")
+        return {
+            "x": self.x,
+            "topk_ids": int32(self.ids),
+            "topk_weights": self.weights,
+            "gate_up_proj": pack(weight=self.gate_up, halves=2),
+            "down_proj": pack(weight=self.down, halves=1),
+            "intermediate_size": self.I,
+            "skip_identity": self.skip_identity,
+        }
+
+    def run(self) -> Tensor:
+        return self.backend.op("moe_experts")(**self.call())
+
+    def in_float64(self) -> tuple[Tensor, Tensor]:
+        """The result before its last rounding, and what float32 may be off. silu(gate) * up is rounded before:
+        where float32 may fall on either side, the error holds both."""
+        c, x, weights = self.backend.sum_constant, self.x.double(), self.weights.double()[:, None]
+        out = weights * x if self.skip_identity else torch.zeros_like(x)
+        error = U32 * out.abs()
+        for e in set(self.ids.tolist()) - {self.E}:
+            rows, gate_up, down = self.ids == e, self.gate_up[e].double(), self.down[e].double()
+            gate, up = (x[rows] @ gate_up.T).chunk(2, -1)
+            gate_error, up_error = sum_error(c, self.H, x[rows].abs() @ gate_up.abs().T).chunk(2, -1)
+            gate_error = 1.1 * gate_error + (2 * gate.abs() + 8) * U32 * silu(gate).abs()  # of silu: its slope, its exp
+            hidden = silu(gate) * up
+            hidden_error = gate_error * (up.abs() + up_error) + silu(gate).abs() * up_error + U32 * hidden.abs() + 1e-37
+            low, high = ((hidden + sign * hidden_error).to(self.dtype).double() for sign in (-1, 1))
+            hidden, hidden_error = (low + high) / 2, (high - low) / 2
+            sums_error = hidden_error @ down.abs().T + sum_error(c, self.I, hidden.abs() @ down.abs().T)
+            out[rows] = weights[rows] * (hidden @ down.T)
+            error[rows] = weights[rows] * sums_error + 2 * U32 * out[rows].abs()
+        return out, error
+
+
+def assert_matches_float64(experts: Experts) -> None:
+    out, (expected, error) = experts.run(), experts.in_float64()
+    assert out.dtype == experts.dtype
+    routed = experts.ids != experts.E
+    assert_within(out[routed], expected[routed], error[routed])
+    assert_within(out[~routed], expected[~routed], error[~routed], "skipped rows", zeros=not experts.skip_identity)
+
+
+skips = pytest.mark.parametrize("skip_identity", [False, True], ids=["skip0", "skip-identity"])
+
+
+@dtypes
+@skips
+@each_size(
+    "T H I E",
+    (0, 8, 8, 4),
+    (1, 1, 1, 1),
+    (3, 31, 33, 5),
+    (33, 33, 31, 16),
+    (7, 64, 32, 17),
+    (64, 96, 48, 4),
+    (130, 257, 65, 3),
+    (16, 48, 352, 2),
+)
+def test_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E741
+    experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype, skip_identity)
+    if T == 1:
+        experts.ids[0] = 0
+    assert_matches_float64(experts)
+    pack, routed, (expected, error) = blockdraft.reference.pack_weight, experts.ids != E, experts.in_float64()
+    plain = experts.call() | {"gate_up_proj": pack(experts.gate_up, 2), "down_proj": pack(experts.down)}
+    reference = blockdraft.reference.moe_experts(**plain)
+    assert_within(reference[routed], expected[routed], error[routed], "the definition")
+    assert_no_worse_than_eager(experts.run()[routed], reference[routed], expected[routed])
+
+
+@dtypes
+@pytest.mark.parametrize("T", [1, 2, 5, 6, 7, 13, 47, 48, 49, 96, 97, 130])
+@pytest.mark.parametrize("expert", [0, 4], ids=["first", "last"])
+def test_all_rows_to_one_expert(backend, expert, T, dtype):
+    """6 rows are a tile of the CPU kernel, 48 a block. The other experts are NaN: their weights are not read."""
+    experts = Experts(backend, torch.full((T,), expert), 33, 40, 5, dtype)
+    others = torch.arange(5) != expert
+    experts.gate_up[others], experts.down[others] = torch.nan, torch.nan
+    assert_matches_float64(experts)
+
+
+@dtypes
+@pytest.mark.parametrize("T", [1, 2, 7, 64, 130])
+def test_matches_integers_exactly(backend, T, dtype):
+    """A gate of 24 is its own silu in either dtype, so that gate * up are integers; so are all sums."""
+    H, I, E = 20, 70, 3  # noqa: E741
+    experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype)
+    experts.x = torch.randint(-1, 2, (T, H)).to(dtype)
+    experts.x[:, 0] = 1
+    experts.gate_up[:, :I] = 0
+    experts.gate_up[:, :I, 0] = 24
+    experts.gate_up[:, I:] = torch.randint(-1, 2, (E, I, H)).to(dtype) * (torch.arange(H) < 8)  # at most 8 * 24 = 192
+    experts.down = torch.randint(-4, 5, (E, H, I)).to(dtype)
+    experts.weights = 2.0 ** torch.randint(-3, 3, (T,))
+    up = torch.einsum("th,tih->ti", experts.x.double(), experts.gate_up[experts.ids % E, I:].double())
+    expected = torch.einsum("ti,tio->to", 24 * up, experts.down[experts.ids % E].double().mT) * experts.weights[:, None]
+    expected[experts.ids == E] = 0
+    assert same_bits(experts.run(), (expected + 0.0).to(dtype))
+
+
+@dtypes
+@skips
+@pytest.mark.parametrize("T", [1, 33])
+def test_all_rows_skipped(backend, T, skip_identity, dtype):
+    """No expert is touched, and the result is exact."""
+    experts = Experts(backend, torch.full((T,), 5), 33, 40, 5, dtype, skip_identity)
+    experts.gate_up.fill_(torch.nan), experts.down.fill_(torch.nan)
+    expected = experts.weights[:, None] * experts.x.float() if skip_identity else torch.zeros(T, 33)
+    assert same_bits(experts.run(), expected.to(dtype))
+
+
+@dtypes
+def test_skipped_nan_row_is_zero(backend, dtype):
+    experts = Experts(backend, torch.tensor([5, 0, 5]), 33, 40, 5, dtype)
+    experts.x[2] = torch.nan
+    out = experts.run()
+    assert not out[[0, 2]].any()
+    assert out[1].isfinite().all()
+
+
+@dtypes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_nan_stays_in_its_row(backend, value, dtype):
+    experts = Experts(backend, torch.arange(20) % 3, 33, 41, 2, dtype)
+    clean = experts.run()
+    experts.x[7, 32] = value
+    experts.weights[12] = torch.nan
+    out = experts.run()
+    assert not out[[7, 12]].isfinite().any()
+    others = torch.tensor([i not in (7, 12) for i in range(20)])
+    assert same_bits(out[others], clean[others])
+
+
+@dtypes
+@skips
+def test_large_gates(backend, skip_identity, dtype):
+    """Gates to +-500, where exp has left the range of float32."""
+    experts = Experts(backend, torch.randint(4, (30,)), 64, 40, 3, dtype, skip_identity)
+    experts.x *= 200
+    assert_matches_float64(experts)
+
+
+@dtypes
+@skips
+@each_size("H I E", (33, 40, 3), (256, 96, 16))
+def test_batch_invariance(backend, H, I, E, skip_identity, dtype):  # noqa: E741
+    call = Experts(backend, torch.randint(E + 1, (64,)), H, I, E, dtype, skip_identity).call()
+
+    def run(rows: Tensor) -> tuple[Tensor]:
+        chosen = {name: call[name][rows] for name in ("x", "topk_ids", "topk_weights")}
+        return (backend.op("moe_experts")(**(call | chosen)),)
+
+    assert_batch_invariant(run)
+
+
+# Errors.
+
+
+def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3) -> dict[str, Any]:
+    return Experts(backend, torch.arange(T) % 6, 8, 40, 5, dtype).call()
+
+
+@each_malformed_tensor("moe_experts")
+def test_malformed_tensor(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend), changes, message)
+
+
+@each_wrong_call(
+    {
+        "float64": ({"x": Tensor.double}, "x must be Float or BFloat16, got Double"),
+        "mixed": ({"x": Tensor.bfloat16}, "gate_up_proj must be BFloat16, got Float"),
+        "down-bfloat16": ({"down_proj": Tensor.bfloat16}, "down_proj must be Float, got BFloat16"),
+        "ids-int64": ({"topk_ids": Tensor.long}, "topk_ids must be Int, got Long"),
+        "ids": ({"topk_ids": int32([0])}, r"topk_ids must be \[T=3\], got \[1\]"),
+        "weights": ({"topk_weights": torch.ones(4)}, r"topk_weights must be \[T=3\], got \[4\]"),
+        "weights-bfloat16": ({"topk_weights": Tensor.bfloat16}, "topk_weights must be Float, got BFloat16"),
+        "H": ({"x": torch.zeros(3, 10)}, r"gate_up_proj must be .*=5, .*, got \[5, 4, 4, 64\]"),
+        "I": ({"intermediate_size": 70}, r"gate_up_proj must be .*=6, .*, got \[5, 4, 4, 64\]"),
+        "I-of-down": ({"intermediate_size": 42}, r"down_proj must be .*=21, .*, got \[5, 1, 20, 64\]"),
+        "E": ({"down_proj": lambda t: t[:4]}, r"down_proj must be \[E=5, .*, got \[4, 1, 20, 64\]"),
+        "one-half": (
+            {"gate_up_proj": lambda t: t[:, :2].clone()},
+            r"gate_up_proj must be .*=4, .*, got \[5, 2, 4, 64\]",
+        ),
+        "I0": ({"intermediate_size": 0}, "intermediate_size must be positive, got 0"),
+        "I-1": ({"intermediate_size": -1}, "intermediate_size must be positive, got -1"),
+    }
+)
+def test_error_messages(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend), changes, message)
+
+
+@each_wrong_call(
+    {
+        "id-1": ({"topk_ids": int32([0, -1, 5])}, r"topk_ids must be in \[0, 5\], got -1 at 1"),
+        "id-E+1": ({"topk_ids": int32([0, 1, 6])}, r"topk_ids must be in \[0, 5\], got 6 at 2"),
+        "id-2**31-1": ({"topk_ids": int32([2**31 - 1, 1, 5])}, r"topk_ids must be in \[0, 5\], got 2147483647 at 0"),
+    }
+)
+def test_index_errors(cpu, changes, message):
+    assert_raises(cpu, "moe_experts", small_call(cpu), changes, message)
+
+
+def test_no_columns(backend):
+    changes = {"x": torch.empty(3, 0), "gate_up_proj": torch.empty(5, 4, 0, 64), "down_proj": torch.empty(5, 0, 20, 64)}
+    assert_raises(backend, "moe_experts", small_call(backend), changes, ".*positive.*")
+
+
+# Registration.
+
+
+@dtypes
+@skips
+def test_opcheck(cpu, skip_identity, dtype):
+    opcheck("moe_experts", small_call(cpu, dtype, T=9) | {"skip_identity": skip_identity})
+
+
+def test_compiles_once_for_all_lengths(cpu):
+    assert_compiles_once("moe_experts", small_call(cpu, T=33), small_call(cpu, T=50))

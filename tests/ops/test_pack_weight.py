@@ -1,0 +1,118 @@
+import pytest
+import torch
+from torch import Tensor
+
+import blockdraft
+from blockdraft.reference.pack_weight import unpack_weight
+from ops.helpers import (
+    assert_compiles_once,
+    assert_raises,
+    dtypes,
+    each_malformed_tensor,
+    each_wrong_call,
+    opcheck,
+    same_bits,
+    threads,
+)
+
+SHAPES = [(1, 1), (1, 8), (31, 33), (32, 2), (33, 31), (64, 7), (200, 129), (3, 33, 5), (17, 40, 64), (0, 3, 4)]
+HALVES = [(2, 1), (2, 8), (62, 33), (64, 2), (66, 31), (3, 130, 9)]
+CASES = [(shape, 1) for shape in SHAPES] + [(shape, 2) for shape in HALVES]
+
+each_shape = pytest.mark.parametrize(
+    ("shape", "halves"), CASES, ids=["x".join(map(str, shape)) + f"-halves{halves}" for shape, halves in CASES]
+)
+
+
+@dtypes
+@each_shape
+def test_matches_reference(backend, shape, halves, dtype):
+    weight = torch.randn(shape).to(dtype)
+    packed = backend.op("pack_weight")(weight=weight, halves=halves)
+    assert same_bits(packed, blockdraft.reference.pack_weight(weight, halves))
+    assert packed.is_contiguous()
+
+
+@dtypes
+@each_shape
+def test_unpacks_to_itself(backend, shape, halves, dtype):
+    weight = torch.randn(shape).to(dtype)
+    packed = backend.op("pack_weight")(weight=weight, halves=halves)
+    assert same_bits(unpack_weight(packed, *shape[-2:], halves), weight)
+
+
+def test_layout(cpu):
+    """Written out once: output c and column k of panel p lie at [p, k // 2, 2 * c + k % 2], in float32 at
+    [p, k // 2, 32 * (k % 2) + c]."""
+    weight = torch.arange(1.0, 34 * 3 + 1).view(34, 3)
+    for dtype, place in ((torch.bfloat16, lambda c, k: 2 * c + k % 2), (torch.float32, lambda c, k: 32 * (k % 2) + c)):
+        packed = cpu.op("pack_weight")(weight=weight.to(dtype), halves=1)
+        assert packed.shape == (2, 2, 64)
+        assert all(packed[n // 32, k // 2, place(n % 32, k)] == weight[n, k] for n in range(34) for k in range(3))
+        assert (packed != 0).sum() == weight.numel()
+
+
+@dtypes
+def test_copies_every_bit_pattern(backend, dtype):
+    """Denormals, -0, infinities and NaN payloads pass as they are."""
+    if dtype == torch.bfloat16:
+        weight = torch.arange(-(2**15), 2**15).short().view(dtype).view(256, 256)
+    else:
+        weight = torch.randint(-(2**31), 2**31, (256, 256)).int().view(dtype)
+    assert same_bits(unpack_weight(backend.op("pack_weight")(weight=weight, halves=1), 256, 256), weight)
+
+
+@dtypes
+def test_threads_do_not_matter(backend, dtype):
+    weight = torch.randn(3, 320, 50).to(dtype)
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            results.append(backend.op("pack_weight")(weight=weight, halves=2))
+    assert same_bits(*results)
+
+
+def arguments(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | int]:
+    return {"weight": torch.randn(shape).to(dtype), "halves": 1}
+
+
+@each_malformed_tensor("pack_weight")
+def test_malformed_tensor(backend, changes, message):
+    assert_raises(backend, "pack_weight", arguments(3, 4, 6), changes, message)
+
+
+@each_wrong_call(
+    {
+        "vector": ({"weight": lambda t: t[0]}, r"weight must be \[N, K\], got \[6\]"),
+        "rank4": ({"weight": lambda t: t[None, None]}, r"weight must be \[N, K\], got \[1, 1, 4, 6\]"),
+        "float64": ({"weight": Tensor.double}, "weight must be Float or BFloat16, got Double"),
+        "transposed": ({"weight": Tensor.t}, "weight must be contiguous"),
+        "halves0": ({"halves": 0}, "halves must be 1 or 2, got 0"),
+        "halves3": ({"halves": 3}, "halves must be 1 or 2, got 3"),
+        "odd-N": (
+            {"weight": lambda t: t[:3], "halves": 2},
+            r"weight must have rows divisible by halves=2 and at least one column, got \[3, 6\]",
+        ),
+        "K0": (
+            {"weight": lambda t: t[:, :0].clone()},
+            r"weight must have rows divisible by halves=1 and at least one column, got \[4, 0\]",
+        ),
+        "N0": (
+            {"weight": lambda t: t[:0]},
+            r"weight must have rows divisible by halves=1 and at least one column, got \[0, 6\]",
+        ),
+    }
+)
+def test_error_messages(backend, changes, message):
+    assert_raises(backend, "pack_weight", arguments(4, 6), changes, message)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(40, 5), (3, 40, 5)], ids=["matrix", "stack"])
+def test_opcheck(shape, dtype):
+    opcheck("pack_weight", arguments(*shape, dtype=dtype) | {"halves": 2})
+
+
+def test_compiles_once_for_all_sizes():
+    assert_compiles_once("pack_weight", arguments(40, 7), arguments(65, 12))
+    assert_compiles_once("pack_weight", arguments(3, 40, 7), arguments(5, 65, 12))
