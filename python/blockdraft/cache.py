@@ -1,9 +1,9 @@
 """Pages of keys and values, and the CCA state of each sequence: what decoding remembers.
 
-A step is one transaction: `Cache.begin` gives it, the layers write into it, `commit` moves every sequence forward by the
-rows it keeps, `rollback` (or committing 0 rows) leaves it as it was. Keys of rows that are not committed stay in their
-slots and are never seen, because visibility ends at the sequence's length; the convolutions' state changes at commit
-only.
+A step is one transaction: `Cache.begin` gives it, the layers write into it, `commit` moves every sequence forward by
+the rows it keeps, `rollback` (or committing 0 rows) leaves it as it was. Keys of rows that are not committed stay in
+their slots and are never seen, because visibility ends at the sequence's length; the convolutions' state changes at
+commit only.
 """
 
 from collections.abc import Sequence as Sequences

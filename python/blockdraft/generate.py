@@ -7,7 +7,7 @@ A sequence with a decided token that is not in the cache yet (its anchor) takes 
     verify   the anchor and its drafts, causal: commits the anchor and every draft that equals the model's choice
     ar       the anchor alone
 
-All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923) or from a callable;
+All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923) or a callable;
 either way the tokens are those of plain decoding, because verified rows are plain causal rows with the same bits and
 the noise of a position does not depend on the step (arXiv 2408.07978).
 """
@@ -173,9 +173,7 @@ class Part:
         """(row, draw) of each token this part decides: after causal rows, then at mask rows from the second on."""
         start, causal = self.block.length, self.causal
         after = [(self.first + i, self.sample.draw(start + i + 1)) for i in range(self.forced, causal)]
-        at = [
-            (self.first + causal + j, self.sample.draw(start + causal + j)) for j in range(1, self.block.masks)
-        ]
+        at = [(self.first + causal + j, self.sample.draw(start + causal + j)) for j in range(1, self.block.masks)]
         return after + at
 
 

@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Tokens to generate, at least 1.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; otherwise at least 1e-6.
         top_k, top_p, min_p: Truncations of the law, in this order; None, 1 and 0 are off.
         seed: Of the noise, in [0, 2^63); None draws one and reports it in the output.
         stop: Strings, or token ids, that end the text; a string is not part of it.
@@ -54,6 +55,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._number("max_tokens", self.max_tokens, 1, 2**31 - 1, int)
         self._number("temperature", self.temperature, 0, 1e6)
+        if 0 < self.temperature < 1e-6:  # logits divided by it could leave float32
+            raise RequestError(f"temperature must be 0 or at least 1e-6, got {self.temperature!r}")
         if self.top_k is not None:
             self._number("top_k", self.top_k, 1, 2**31 - 1, int)
         self._number("top_p", self.top_p, 0, 1)
@@ -77,7 +80,7 @@ class SamplingParams:
                 raise RequestError(f"stop must be non-empty strings or token ids, got {stop!r}")
 
     @staticmethod
-    def _number(name: str, value: object, low: float, high: float, kind: type = float) -> None:
+    def _number(name: str, value: Any, low: float, high: float, kind: type = float) -> None:
         allowed = int if kind is int else (int, float)
         ok = isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
         if not ok or not low <= value <= high:

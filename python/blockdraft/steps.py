@@ -38,7 +38,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """Row descriptions as the operators take them (int32, row_slots int64); see `ops.cca_mix`, `ops.block_attention`."""
+    """Row descriptions as the operators take them (int32, row_slots int64): `ops.cca_mix`, `ops.block_attention`."""
 
     token_ids: Tensor  # [T]
     row_parents: Tensor  # [T]
@@ -65,10 +65,11 @@ def make_step(
         blocks: One per sequence.
         page_size: Tokens of a page.
         mask_token_id: Token of the mask rows.
-        mask_parent: What a mask row follows in the convolutions: "previous", the mask before it (the first one: the last
-            causal row), or "anchor", the last causal row for all of them.
+        mask_parent: What a mask row follows in the convolutions: "previous", the mask before it (the first one: the
+            last causal row), or "anchor", the last causal row for all of them.
     """
-    tokens, parents, positions, states, slots, prefix, begins, ends = ([] for _ in range(8))
+    columns: list[list] = [[] for _ in range(8)]
+    tokens, parents, positions, states, slots, prefix, begins, ends = columns
     cu_rows = [0]
     for block in blocks:
         first, causal = cu_rows[-1], len(block.token_ids)

@@ -39,8 +39,6 @@ def contents(cache: Cache, sequence: CachedSequence) -> list[Tensor]:
     """Everything the cache knows of a sequence: keys, values and CCA state of all layers."""
     pages, D = torch.tensor(sequence.pages), cache.config.head_dim
     keys = [
-        x
-        for k, v in zip(cache.k_pages, cache.v_pages, strict=True)
-        for x in read_keys(k, v, pages, sequence.length, D)
+        x for k, v in zip(cache.k_pages, cache.v_pages, strict=True) for x in read_keys(k, v, pages, sequence.length, D)
     ]
     return [*keys, cache.conv_states[:, sequence.slot], cache.recurrent_states[:, sequence.slot]]

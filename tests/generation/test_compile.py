@@ -7,6 +7,7 @@ from blockdraft.model.layers import LayerCache
 from blockdraft.steps import Block, make_step
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
 @pytest.mark.parametrize("layer", [0, 1])
 def test_decoder_layer(tiny, layer):
     cache = tiny.new_cache(64, 1)

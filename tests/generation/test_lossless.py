@@ -44,7 +44,9 @@ def plain(model, prompts):
 
     def decode(law: str) -> list[list[int]]:
         if law not in known:
-            known[law] = [model.generate(p, params_of(law, i, sampler="ar"))[0].token_ids for i, p in enumerate(prompts)]
+            known[law] = [
+                model.generate(p, params_of(law, i, sampler="ar"))[0].token_ids for i, p in enumerate(prompts)
+            ]
         return known[law]
 
     return decode

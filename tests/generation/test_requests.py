@@ -157,9 +157,7 @@ def test_stop_token_and_eos(model):
 
 
 def test_context_ends_generation(model):
-    small = ZayaForCausalLM(
-        model.config, model.decoder, model.tokenizer, model.dtype, model.device, kv_cache_tokens=40
-    )
+    small = ZayaForCausalLM(model.config, model.decoder, model.tokenizer, model.dtype, model.device, kv_cache_tokens=40)
     for sampler in ("ar", "lossless"):
         output = small.generate([[5] * 30], SamplingParams(max_tokens=100, sampler=sampler, ignore_eos=True))[0]
         assert (output.finish_reason, len(output.token_ids)) == ("context", 10)
@@ -174,7 +172,9 @@ def test_streams_add_up(model):
         texts[event.request] += event.text
         tokens[event.request] += event.token_ids
         assert event.accepted <= len(event.drafted)
-        assert event.kind != "verify" or list(event.drafted[: event.accepted]) == list(event.token_ids[: event.accepted])
+        assert event.kind != "verify" or list(event.drafted[: event.accepted]) == list(
+            event.token_ids[: event.accepted]
+        )
     assert texts == [o.text for o in outputs]
     assert tokens == [o.token_ids for o in outputs]
 

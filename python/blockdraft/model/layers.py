@@ -71,7 +71,9 @@ class Attention(nn.Module):
     def __init__(self, config: ZayaConfig, read: Read, layer: int) -> None:
         super().__init__()
         prefix, D = f"model.layers.{layer}.self_attn.", config.head_dim
-        qkv = [read(f"{prefix}qkv_proj.{name}.weight") for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")]
+        qkv = [
+            read(f"{prefix}qkv_proj.{name}.weight") for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
+        ]
         depthwise, grouped = (f"{prefix}qkv_proj.conv_qk_{name}." for name in ("depthwise", "grouped"))
         taps = read(grouped + "weight").view(-1, D, D, 2)  # [heads, out, in, tap]
         self.qkv_proj = PackedLinear(torch.cat(qkv))

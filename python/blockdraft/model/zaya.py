@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
@@ -193,16 +194,19 @@ class ZayaForCausalLM:
     ) -> Iterator[StreamEvent]:
         """As `generate`, but yields an event for each sequence after each forward it took part in."""
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
-        each = [params or SamplingParams()] * len(encoded) if params is None or isinstance(params, SamplingParams) else params
+        each = (
+            [params or SamplingParams()] * len(encoded)
+            if params is None or isinstance(params, SamplingParams)
+            else params
+        )
         if len(each) != len(encoded):
             raise RequestError(f"params must be one or one per prompt ({len(encoded)}), got {len(each)}")
         return Engine(self).run(encoded, list(each))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast(Prompt, prompts)] if single else list(cast(Sequence[Prompt], prompts))
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer | None:
