@@ -1,0 +1,68 @@
+"""Text of the nano model: the Python standard library's sources (PSF licence), split by package."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+# <mask> has the id it has in Gemma's vocabulary, 4, which ZAYA1 uses.
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+PAD, EOS, BOS, UNK, MASK = range(5)
+# Whole packages and their tests; no file of these is seen in training.
+HELD_OUT = ("json", "http", "tomllib", "wsgiref", "concurrent", "zoneinfo", "xmlrpc", "sched", "textwrap", "fractions")
+TABLES = ("encodings", "pydoc_data", "__phello__", "site-packages", "dist-packages", "__pycache__")
+
+
+def is_held_out(path: Path) -> bool:
+    """True for a held-out package and for its tests (test_json, test/test_httpservers.py, ...)."""
+    return any(part.removeprefix("test_").removesuffix(".py").startswith(HELD_OUT) for part in path.parts)
+
+
+def files() -> Iterator[tuple[Path, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not any(part in TABLES or part.startswith("config-") for part in relative.parts):
+            text = path.read_bytes().decode("utf-8", "ignore")
+            if len(text) > 200 and max(map(len, text.splitlines())) < 400:
+                yield relative, text
+
+
+def split() -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """Training and held-out files; duplicates by content are dropped."""
+    seen: set[str] = set()
+    train, held_out = [], []
+    for path, text in files():
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest not in seen:
+            seen.add(digest)
+            (held_out if is_held_out(path) else train).append((path, text))
+    return train, held_out
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """One int16 stream ``<bos> file <eos> <bos> file <eos> ...``."""
+    stream: list[int] = []
+    for text in tqdm(texts, "encoding", mininterval=5):
+        stream += [*tokenizer.encode(text).ids, EOS]
+    return torch.tensor(stream, dtype=torch.int16)

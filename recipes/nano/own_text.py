@@ -1,0 +1,54 @@
+"""Continuations by the model itself, for the last part of the conversion.
+
+    python recipes/nano/own_text.py MODEL OUT.pt --count 2000
+
+What lossless decoding verifies are the model's own choices, and those are far more regular than the text that it was
+trained on: a mask row that has to guess two tokens ahead has one right answer after a greedy prefix, many in a file.
+Each row of OUT is a piece of a training file and its greedy (every fourth: sampled) continuation, `length` tokens in
+all. Rows whose continuation loops are dropped.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from blockdraft import SamplingParams, ZayaForCausalLM
+from evaluate import loops, pieces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--prompt-length", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = ZayaForCausalLM.from_pretrained(args.model, max_batch_size=64)
+    texts = [text for _, text in data.split()[0]]
+    prompts = pieces(model.tokenizer, texts, args.count, args.prompt_length)
+    new = args.length - args.prompt_length
+    params = [
+        SamplingParams(
+            max_tokens=new, ignore_eos=True, sampler="ar", seed=args.seed + i, temperature=0.0 if i % 4 else 0.7
+        )
+        for i in range(len(prompts))
+    ]
+    rows = []
+    for event in model.stream(prompts, params):
+        output = event.output
+        row = output and output.prompt_token_ids + output.token_ids
+        if row and len(row) == args.length and not loops(output.token_ids):
+            rows.append(row)
+            if len(rows) % 100 == 0:
+                tqdm.write(f"{len(rows)} rows")
+    torch.save(torch.tensor(rows, dtype=torch.int16), args.out)
+    print(f"{len(rows)} of {len(prompts)} continuations kept")
+
+
+if __name__ == "__main__":
+    main()
