@@ -1,0 +1,191 @@
+"""Results as JSON and as a table in Markdown."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blockdraft
+from blockdraft.bench.measure import Measured
+from blockdraft.bench.subject import Case
+from blockdraft.errors import BlockdraftError
+
+BUSY_LOAD = 0.5  # one minute's average; an idle machine is below
+STEADY = 0.8  # least share of the best read measurement that the worst must reach
+COLD_SHARE = 0.75  # of the touched bytes; with less, a rate says nothing about memory
+HEADINGS = (
+    *("op", "rows", "blockdraft ms", "IQR", "PyTorch ms", "PyTorch / blockdraft"),
+    *("MB touched", "GB/s", "% of read limit", "match", "same bits", "note"),
+)
+LEGEND = """\
+ms: median of {repeats} measured calls; IQR: distance of their quartiles. The operators and PyTorch ran by turns on the
+same rows; weights (and cached keys) came from copies rotating over {cold_mb:.0f} MB. PyTorch has the same weights
+unpacked, in the same dtype.
+MB touched: computed from the shapes, each byte once. GB/s: those bytes by the measured median. % of read limit: of
+{read_limit:.1f} GB/s, the best of {samples} measurements during this run (the worst: {worst:.1f}); "-" where less than
+three quarters of the bytes come from memory rather than from a cache.
+match: measured error against the float64 reference within the tolerance of the dtype. same bits: the first row alone
+gives the bits that it gives beside the others."""
+
+
+class BenchError(BlockdraftError, ValueError):
+    """A file that `blockdraft bench` cannot read or write."""
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def huge_pages() -> str:
+    """What the kernel grants, and whether torch asks for them."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        mode = modes[modes.index("[") + 1 : modes.index("]")]
+    except (OSError, ValueError):
+        mode = "unknown"
+    asks = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    return f"{mode}, torch {'asks' if asks else 'does not ask'} for them"
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_model(),
+        "logical_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": blockdraft.cpu_isa(),
+        "huge_pages": huge_pages(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "blockdraft": blockdraft.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": blockdraft.build_info()["compiler"],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine_line(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['cpu']}, {facts['threads']} threads on {facts['logical_cores']} logical cores, kernels for "
+        f"{facts['cpu_isa']}, huge pages {facts['huge_pages']}; blockdraft {facts['blockdraft']} "
+        f"(compiler {facts['compiler']}), torch {facts['torch']}, Python {facts['python']}; {facts['date']}, "
+        f"load {facts['load_average']:.2f} before the run"
+    )
+
+
+def result(label: str, case: Case, rows: int, measured: Measured) -> dict[str, Any]:
+    """JSON-ready. Everything but the bytes is measured or follows from what is."""
+    ours, theirs, match = measured.ours, measured.torch, measured.match
+
+    def finite(value: float) -> float | None:  # JSON has no infinity
+        return value if math.isfinite(value) else None
+
+    return {
+        "op": label,
+        "rows": rows,
+        "note": case.note,
+        "median_ms": ours.median_ms,
+        "iqr_ms": ours.iqr_ms,
+        "repeats": ours.repeats,
+        "torch_median_ms": theirs.median_ms,
+        "torch_iqr_ms": theirs.iqr_ms,
+        "ratio": theirs.median_ms / ours.median_ms,
+        "computed_touched_bytes": case.touched_bytes,
+        "computed_cold_bytes": case.cold_bytes,
+        "gb_s": case.touched_bytes / ours.median_ms * 1e-6,
+        "max_abs_error": finite(match.max_error),
+        "worst_error": finite(match.worst_error),
+        "worst_tolerance": finite(match.worst_tolerance),
+        "match": match.ok,
+        "same_bits": measured.same_bits,
+    }
+
+
+def percent_of_limit(row: dict[str, Any], read_limit: float) -> float | None:
+    cold = row["computed_cold_bytes"] >= COLD_SHARE * row["computed_touched_bytes"]
+    return 100 * row["gb_s"] / read_limit if cold else None
+
+
+def cells(row: dict[str, Any], read_limit: float) -> tuple[str, ...]:
+    percent = percent_of_limit(row, read_limit)
+    error = "not finite" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
+    return (
+        row["op"],
+        str(row["rows"]),
+        f"{row['median_ms']:.3f}",
+        f"{row['iqr_ms']:.3f}",
+        f"{row['torch_median_ms']:.3f}",
+        f"{row['ratio']:.2f}",
+        f"{row['computed_touched_bytes'] * 1e-6:.2f}",
+        "-" if percent is None else f"{row['gb_s']:.1f}",
+        "-" if percent is None else f"{percent:.0f}",
+        "yes" if row["match"] else f"NO ({error})",
+        "yes" if row["same_bits"] else "NO",
+        row["note"],
+    )
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose source is a table, too; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [0 < i < 9 for i in range(len(widths))]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
+    return [line(lines[0]), line(rule), *map(line, lines[1:])]
+
+
+def disturbance(report: dict[str, Any]) -> str:
+    """What speaks against the numbers, or nothing."""
+    load, samples = report["machine"]["load_average"], report["read_samples_gb_s"]
+    signs = []
+    if load > BUSY_LOAD:
+        signs.append(f"a load of {load:.2f} before the run")
+    if min(samples) < STEADY * max(samples):
+        signs.append(f"read measurements from {min(samples):.1f} to {max(samples):.1f} GB/s")
+    return f"THE MACHINE WAS NOT IDLE: {' and '.join(signs)}. Do not quote these numbers.\n\n" if signs else ""
+
+
+def render(report: dict[str, Any]) -> str:
+    limit, rows = report["read_limit_gb_s"], report["results"]
+    repeats = [row["repeats"] for row in rows] or [0]
+    samples = report["read_samples_gb_s"]
+    legend = LEGEND.format(
+        repeats=f"{min(repeats)} to {max(repeats)}",
+        cold_mb=report["settings"]["cold_mb"],
+        read_limit=limit,
+        samples=len(samples),
+        worst=min(samples),
+    )
+    table = aligned([HEADINGS, *(cells(row, limit) for row in rows)])
+    dtype = f"{report['settings']['shapes_name']} shapes, {report['settings']['dtype']}"
+    return "\n".join([f"{machine_line(report['machine'])}; {dtype}", "", *table, "", disturbance(report) + legend])
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def load(path: Path) -> str:
+    """The table of a file that `save` wrote."""
+    try:
+        return render(json.loads(path.read_text()))
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{path}: no JSON: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BenchError(f"{path}: not a result of `blockdraft bench --json`: {error!r}") from error

@@ -1,0 +1,78 @@
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blockdraft import ops, reference
+from blockdraft.bench.subject import Case, Copies, Setting, Subject, nbytes, spread
+
+
+class MoeExperts(Case):
+    """Uniform routing without the skip class. The touched experts move on with every turn, so that they are cold."""
+
+    op = "moe_experts"
+    inner_roundings = 1
+
+    def __init__(self, setting: Setting, packed: Copies, plain: Copies, rows: int) -> None:
+        s = setting.shapes
+        self.packed, self.plain, self.experts, self.inner = packed, plain, s.experts, s.intermediate_size
+        self.depth = s.hidden_size + s.intermediate_size
+        self.x = setting.normal(rows, s.hidden_size)
+        self.ids = uniform_ids(rows, s.experts)
+        self.touched = self.ids.unique().numel()
+        self.topk_weights = torch.rand(rows)
+        self.cold_bytes = packed.bytes // s.experts * self.touched
+        self.touched_bytes = self.cold_bytes + 2 * nbytes(self.x)
+        self.note = f"experts touched: {self.touched} of {s.experts}"
+
+    def routing(self, turn: int) -> Tensor:
+        return (self.ids + turn * self.touched) % self.experts
+
+    def arguments(self, turn: int) -> tuple[Any, ...]:
+        return self.x, self.routing(turn), self.topk_weights, *self.packed[turn], self.inner
+
+    def torch_arguments(self, turn: int) -> tuple[Any, ...]:
+        return self.x, self.routing(turn).long(), self.topk_weights, *self.plain[turn]
+
+    @staticmethod
+    def pytorch(x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+        order = ids.argsort(stable=True)
+        counts = ids.bincount(minlength=len(down_proj)).tolist()
+        parts = []
+        for e, part in enumerate(x.index_select(0, order).split(counts)):
+            if len(part):
+                gate, up = F.linear(part, gate_up_proj[e]).chunk(2, -1)
+                parts.append(F.linear(F.silu(gate) * up, down_proj[e]))
+        out = torch.empty_like(x)
+        out[order] = torch.cat(parts)
+        return out * weights[:, None].to(x.dtype)
+
+    def first(self) -> tuple[Any, ...]:
+        return self.x[:1], self.routing(0)[:1], self.topk_weights[:1], *self.packed[0], self.inner
+
+    def pairs(self, outputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        rows = spread(len(self.x), 8)
+        experts, ids = self.routing(0)[rows].unique(return_inverse=True)
+        weights = (stack[experts.long()] for stack in self.packed[0])  # of these rows alone: the reference copies them
+        exact = reference.moe_experts(self.x[rows], ids, self.topk_weights[rows].double(), *weights, self.inner)
+        return [(outputs[0][rows], exact)]
+
+
+def uniform_ids(rows: int, experts: int) -> Tensor:
+    """Expert of each row, drawn independently until as many differ as do on average; those are 0, 1, ..."""
+    wanted = round(experts * (1 - (1 - 1 / experts) ** rows))
+    while True:
+        different, ids = torch.randint(experts, (rows,)).unique(return_inverse=True)
+        if len(different) == wanted:
+            return ids.to(torch.int32)
+
+
+def subjects(setting: Setting) -> Iterator[Subject]:
+    E, H, inner = setting.shapes.experts, setting.shapes.hidden_size, setting.shapes.intermediate_size
+    gate_up = setting.normal(E, 2 * inner, H, scale=H**-0.5)
+    down = setting.normal(E, H, inner, scale=inner**-0.5)
+    packed = setting.copies(ops.pack_weight(gate_up, halves=2), ops.pack_weight(down))
+    yield Subject("moe_experts", partial(MoeExperts, setting, packed, setting.copies(gate_up, down)))
