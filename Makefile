@@ -1,0 +1,69 @@
+# Two commands for a new user: `make demo` and `make test`. Everything is installed into .venv; `make clean` removes it.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   TORCH=torch==2.12.0 the torch to install; without it, a torch that PYTHON already has is used, else torch==2.13.0
+#   ARGS='-k verify'    more arguments for pytest, `blockdraft demo` or `blockdraft bench`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+RESULT ?= bench/results/this_machine.json
+
+# cmake and ninja come as wheels into .venv; the tests call them by name. .venv itself is made by what is outside it.
+OUTER_PATH := $(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SOURCES := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc cmake -type f -not -name '.*')
+
+.PHONY: help demo test test-full lint bench wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: .venv/.built ## generate with the bundled model, plainly and by blocks, and compare
+	@blockdraft demo $(ARGS)
+
+test: .venv/.built .venv/.extras-test ## the whole test suite, large counts as seeded subsets
+	@python -m pytest $(ARGS)
+
+test-full: .venv/.built .venv/.extras-test ## the test suite with all counts; the result goes to tests/results/
+	@mkdir -p build tests/results
+	@status=0; BLOCKDRAFT_TEST_FULL=1 python -m pytest --junitxml=build/test-full.xml $(ARGS) || status=$$?; \
+	python tools/test_summary.py build/test-full.xml tests/results/full.json; exit $$status
+
+lint: .venv/.built .venv/.extras-dev ## ruff, mypy, clang-format and the project's own rules
+	ruff check .
+	ruff format --check .
+	mypy
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+	! grep -rnE '#include <(torch|ATen|c10)/' csrc/cpu csrc/gpu
+
+bench: .venv/.built ## each operator against PyTorch at the 8B model's shapes; JSON to RESULT=bench/results/....json
+	@mkdir -p '$(dir $(RESULT))'
+	@blockdraft bench --json '$(RESULT)' $(ARGS)
+
+wheel: .venv/.built .venv/.extras-dev ## dist/: a wheel for this Python and the source distribution
+	@python -m build --no-isolation --sdist --wheel
+
+clean: ## remove .venv and everything built
+	rm -rf .venv build dist
+
+# Stamps: a second run does nothing. A changed TORCH or PYTHON takes effect after `make clean`.
+.venv/.created: tools/environment.py
+	@export PATH='$(OUTER_PATH)'; \
+	command -v '$(PYTHON)' > /dev/null || { echo 'missing: $(PYTHON) -- apt-get install python3' >&2; exit 2; }; \
+	'$(PYTHON)' tools/environment.py create $(TORCH)
+	@touch $@
+
+.venv/.built: .venv/.created $(SOURCES)
+	@.venv/bin/python tools/environment.py build
+	@touch $@
+
+.venv/.extras-%: .venv/.created pyproject.toml
+	@.venv/bin/python tools/environment.py extras $*
+	@touch $@
