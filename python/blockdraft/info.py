@@ -9,6 +9,7 @@ import torch
 
 import blockdraft
 from blockdraft import _host
+from blockdraft._libraries import failed_libraries
 
 # In the order of CPU generations; those that matter to the kernels or to torch's own products.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -31,6 +32,8 @@ def why_not_loaded(name: str) -> str:
     if not (Path(_host.__file__).parent / f"{name}.so").exists():
         built = blockdraft.build_info()["gpu_backends"] or "none"
         return f"not built (GPU libraries in this build: {built}; see BLOCKDRAFT_GPU in CONTRIBUTING)"
+    if name in failed_libraries:
+        return failed_libraries[name]
     other = "a ROCm" if backend == "cuda" else "not a ROCm"
     return f"built, but this torch is {other} build"
 
