@@ -91,7 +91,7 @@ def test_matches_reference(backend, B):
         assert ours.dtype == torch.int32, name
         assert torch.equal(ours, expected), name
     if B == 600:
-        assert set(results[0].tolist()) >= set(range(10)), "long runs of agreement are among the cases"
+        assert set(results[0].tolist()) >= set(range(7)), "long runs of agreement are among the cases"
 
 
 def test_batch_invariance(backend):
