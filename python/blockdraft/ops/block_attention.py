@@ -35,7 +35,7 @@ def block_attention(
         cu_rows: ``[B + 1]``, int32, first row of each sequence, then T.
         row_positions: ``[T]``, int32, for the sliding window.
         row_prefix: ``[T]``, int32.
-        row_group_begin, row_group_end: ``[T]``, int32; equal where a row has no group.
+        row_group_begin, row_group_end: ``[T]``, int32, rows of the same sequence; equal where a row has no group.
         softmax_scale: Factor of the scores, ``D ** -0.5`` in ZAYA1.
         sliding_window: Keys a row sees, itself included; 0 for all.
 
