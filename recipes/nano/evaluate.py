@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import data
 from blockdraft import GenerationOutput, SamplingParams, ZayaForCausalLM, bundled_model
+from blockdraft.sampler import Drafter
 from drafters import ngram_drafter
 
 
@@ -73,10 +74,11 @@ def leading(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def true_text(model: ZayaForCausalLM, windows: list[list[int]], step: int) -> dict:
-    """First verification after each true prefix; the drafts were made before the anchor was known."""
+def true_text(model: ZayaForCausalLM, windows: list[list[int]], step: int, drafter: str | Drafter = "mask") -> dict:
+    """First forward after each true prefix. Mask drafts were made before the anchor was known, a callable's after; a
+    forward without drafts accepts none."""
     cuts = [(ids, at) for ids in windows for at in range(32, len(ids) - 17, step)]
-    params = SamplingParams(max_tokens=17, ignore_eos=True)
+    params = SamplingParams(max_tokens=17, ignore_eos=True, drafter=drafter)
     own, right, after_right = [], [], []
     anchors: dict[int, int] = {}
     seen: set[int] = set()
@@ -84,7 +86,7 @@ def true_text(model: ZayaForCausalLM, windows: list[list[int]], step: int) -> di
         i = event.request
         if event.kind == "prefill" and event.token_ids:
             anchors[i] = event.token_ids[0]
-        if event.kind == "verify" and i not in seen:
+        if event.kind in ("verify", "ar") and i not in seen:
             seen.add(i)
             ids, at = cuts[i]
             own.append(event.accepted)
@@ -120,7 +122,11 @@ def main() -> None:
         "greedy": generation(model, prompts, greedy),
         "greedy_ngram_drafter": generation(model, prompts, replace(greedy, drafter=ngram_drafter)),
         "temperature_0.8": generation(model, prompts, replace(greedy, temperature=0.8)),
+        "temperature_0.8_ngram_drafter": generation(
+            model, prompts, replace(greedy, temperature=0.8, drafter=ngram_drafter)
+        ),
         "true_text": true_text(model, windows, 24),
+        "true_text_ngram_drafter": true_text(model, windows, 24, ngram_drafter),
     }
     print(json.dumps(result, indent=1))
     if args.json:
