@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0 done, 1 a comparison failed, 2 bad input, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status: int = args.run(args)
+        sys.stdout.flush()  # so that a reader who went away shows here and not at exit
+        return status
     except BlockdraftError as error:
         print(f"blockdraft: {error}", file=sys.stderr)
         return BAD_INPUT
