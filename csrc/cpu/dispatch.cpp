@@ -2,6 +2,7 @@
 #include "common/cpu_isa.h"
 #include "ops/block_attention.h"
 #include "ops/cca_mix.h"
+#include "ops/choose_tokens.h"
 #include "ops/commit_states.h"
 #include "ops/lm_head_choose.h"
 #include "ops/moe_experts.h"
@@ -9,6 +10,7 @@
 #include "ops/pack_weight.h"
 #include "ops/packed_embedding.h"
 #include "ops/packed_linear.h"
+#include "ops/reject_drafts.h"
 #include "ops/residual_norm.h"
 #include "ops/verify_tokens.h"
 
@@ -43,6 +45,7 @@ BLOCKDRAFT_CPU_KERNEL(block_attention_merge, BlockAttentionParams)
 BLOCKDRAFT_CPU_KERNEL(cca_mix, CcaMixParams)
 BLOCKDRAFT_CPU_KERNEL(cca_mix_rotary, CcaMixParams)
 BLOCKDRAFT_CPU_KERNEL(cca_mix_store, CcaMixParams)
+BLOCKDRAFT_CPU_KERNEL(choose_tokens, ChooseTokensParams)
 BLOCKDRAFT_CPU_KERNEL(commit_states, CommitStatesParams)
 BLOCKDRAFT_CPU_KERNEL(lm_head_choose, LmHeadChooseParams)
 BLOCKDRAFT_CPU_KERNEL(lm_head_choose_merge, LmHeadChooseParams)
@@ -54,6 +57,7 @@ BLOCKDRAFT_CPU_KERNEL(moe_router_down, MoeRouterParams)
 BLOCKDRAFT_CPU_KERNEL(pack_weight, PackWeightParams)
 BLOCKDRAFT_CPU_KERNEL(packed_embedding, PackedEmbeddingParams)
 BLOCKDRAFT_CPU_KERNEL(packed_linear, PackedLinearParams)
+BLOCKDRAFT_CPU_KERNEL(reject_drafts, RejectDraftsParams)
 BLOCKDRAFT_CPU_KERNEL(residual_norm, ResidualNormParams)
 BLOCKDRAFT_CPU_KERNEL(verify_tokens, VerifyTokensParams)
 BLOCKDRAFT_CPU_KERNEL(widen_rows, WidenRowsParams)

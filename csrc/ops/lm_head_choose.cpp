@@ -1,44 +1,27 @@
 #include "ops/lm_head_choose.h"
 
-#include <cmath>
 #include <tuple>
-#include <vector>
 
-#include "common/host.h"
+#include "common/laws.h"
 
 namespace blockdraft {
 namespace {
-
-// Values no law exists for. Looked at on the CPU only.
-void check_laws(const LmHeadChooseParams& p) {
-  for (int64_t t = 0; t < p.T; ++t) {
-    // Below 1e-6 a logit divided by it may leave float32.
-    check(p.temperature[t] == 0 || (p.temperature[t] >= 1e-6f && std::isfinite(p.temperature[t])),
-          "lm_head_choose: temperature must be 0 or finite and at least 1e-06, got ", p.temperature[t], " at ", t);
-    check(p.top_k[t] >= 0, "lm_head_choose: top_k must be at least 0, got ", p.top_k[t], " at ", t);
-    check(p.top_p[t] > 0 && p.top_p[t] <= 1, "lm_head_choose: top_p must be in (0, 1], got ", p.top_p[t], " at ", t);
-    check(p.min_p[t] >= 0 && p.min_p[t] <= 1, "lm_head_choose: min_p must be in [0, 1], got ", p.min_p[t], " at ", t);
-  }
-}
 
 bool is_truncated(const LmHeadChooseParams& p, int64_t t) {
   return p.temperature[t] > 0 && ((p.top_k[t] > 0 && p.top_k[t] < p.V) || p.top_p[t] < 1 || p.min_p[t] > 0);
 }
 
 void run_cpu(LmHeadChooseParams& p, const Tensor& hidden_states) {
-  check_laws(p);
-  std::vector<int32_t> logits_rows(p.T, -1);
-  int32_t truncated = 0;
-  for (int64_t t = 0; t < p.T; ++t)
-    if (is_truncated(p, t)) logits_rows[t] = truncated++;
+  check_laws("lm_head_choose", p);
+  const ScratchRows truncated(p.T, [&](int64_t t) { return is_truncated(p, t); });
   const WideRows rows(hidden_states);
   const Tensor partial = scratch(hidden_states, {p.blocks, p.T, 5});
-  const Tensor logits = scratch(hidden_states, {2, truncated, p.panels * kPanelOutputs});
+  const Tensor logits = scratch(hidden_states, {2, truncated.count, p.panels * kPanelOutputs});
   p.hidden_states = rows.rows();
-  p.logits_rows = logits_rows.data();
+  p.logits_rows = truncated.rows.data();
   p.partial = write<float>(partial);
   p.logits = write<float>(logits);
-  p.weights = p.logits + truncated * p.panels * kPanelOutputs;
+  p.weights = p.logits + truncated.count * p.panels * kPanelOutputs;
   run_tasks(cpu::lm_head_choose, p, p.blocks);
   run_tasks(cpu::lm_head_choose_merge, p, p.T);
 }

@@ -6,11 +6,13 @@ from blockdraft.bench.subject import Setting, Subject
 from blockdraft.bench.subjects import (
     block_attention,
     cca_mix,
+    choose_tokens,
     commit_states,
     lm_head_choose,
     moe_experts,
     moe_router,
     packed_linear,
+    reject_drafts,
     residual_norm,
     verify_tokens,
 )
@@ -23,6 +25,8 @@ SUBJECTS: dict[str, Callable[[Setting], Iterator[Subject]]] = {
     "moe_router": moe_router.subjects,
     "moe_experts": moe_experts.subjects,
     "lm_head_choose": lm_head_choose.subjects,
+    "choose_tokens": choose_tokens.subjects,
+    "reject_drafts": reject_drafts.subjects,
     "verify_tokens": verify_tokens.subjects,
     "commit_states": commit_states.subjects,
 }
