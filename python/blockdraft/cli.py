@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import blockdraft
-from blockdraft import bench, demo, info
+from blockdraft import bench, demo, info, roofline
 from blockdraft.errors import BlockdraftError
 from blockdraft.live import make_view
 
@@ -159,6 +159,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="time each operator against its PyTorch reference")
     bench.add_arguments(command)
     command.set_defaults(run=run_bench)
+
+    command = commands.add_parser("roofline", help="compute what a step must at least cost, and where drafting pays")
+    roofline.add_arguments(command)
+    command.set_defaults(run=roofline.main)
     return parser
 
 
