@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tokens(const Tensor& token_ids
     const auto *cu = read<int32_t>(cu_rows), *lengths = read<int32_t>(verify_lengths);
     check_values<int32_t>("verify_tokens", "cu_rows", cu_rows, 0, T);
     for (int64_t b = 0; b < B; ++b)
-      check(lengths[b] >= 1 && lengths[b] <= cu[b + 1] - cu[b], "verify_tokens: verify_lengths must be in [1, ",
+      check(lengths[b] >= 0 && lengths[b] <= cu[b + 1] - cu[b], "verify_tokens: verify_lengths must be in [0, ",
             cu[b + 1] - cu[b], "], got ", lengths[b], " at ", b);
   }
 

@@ -16,7 +16,7 @@ struct VerifyTokensParams {
   const int32_t* token_ids;       // [T]
   const int32_t* chosen;          // [T]
   const int32_t* cu_rows;         // [B + 1], first row of each sequence
-  const int32_t* verify_lengths;  // [B], 1 + drafts
+  const int32_t* verify_lengths;  // [B], 1 + drafts; 0: nothing to keep
   const int32_t* limits;          // [B], most rows to commit
   int32_t* accepted;              // [B]
   int32_t* committed;             // [B]

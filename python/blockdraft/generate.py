@@ -1,32 +1,38 @@
 """The decoding loop: prefill, draft, verify, commit, for a batch of sequences each in its own phase.
 
-A sequence with a decided token that is not in the cache yet (its anchor) takes part in a forward in one of four ways:
+A sequence with a decided token that is not in the cache yet (its anchor) takes part in a forward in one of these ways:
 
     prefill  rows of the prompt; the last chunk also carries a group of mask rows
     draft    the anchor and a group of mask rows: commits the anchor, decides the next one, and guesses what follows
-    verify   the anchor and its drafts, causal: commits the anchor and every draft that equals the model's choice
+    verify   the anchor and its drafts, causal: commits the anchor and every draft that holds; mask groups beside it
+             prepare the next block for the accept lengths that they follow
     ar       the anchor alone
+    denoise  a block of mask rows, in which some tokens may stand already (`blockdraft.denoise`)
 
-All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923) or a callable;
-either way the tokens are those of plain decoding, because verified rows are plain causal rows with the same bits and
-the noise of a position does not depend on the step (arXiv 2408.07978).
+All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923), the text so far,
+or a callable; the tokens of the lossless rules are those of plain decoding (see `blockdraft.decide`), because verified
+rows are plain causal rows with the same bits and the noise of a position does not depend on the step.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from blockdraft import ops
-from blockdraft.cache import Cache, CachedSequence
+from blockdraft.cache import Cache
+from blockdraft.decide import Ask, Decided, decide, measure_mixing
 from blockdraft.errors import ConfigError, RequestError
-from blockdraft.sampler import Draw, SamplingParams, choose
-from blockdraft.steps import AR, DRAFT, PREFILL, VERIFY, Block, make_step
-from blockdraft.text import TextStream
+from blockdraft.outputs import GenerationOutput, StreamEvent
+from blockdraft.plan import REPLAN_STEPS, Plan, Planner, spread_levels
+from blockdraft.processors import Processors
+from blockdraft.sample import Part, Sample
+from blockdraft.sampler import SamplingParams
+from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group, Step, make_step
 
 if TYPE_CHECKING:
     from blockdraft.model.zaya import ZayaForCausalLM
@@ -34,159 +40,21 @@ if TYPE_CHECKING:
 PREFILL_ROWS = 512  # prompt rows of one forward, over all sequences
 
 
-@dataclass
-class GenerationStats:
-    """What a sample cost.
-
-    Attributes:
-        prefill_forwards, draft_forwards, verify_forwards, ar_forwards: Forwards it took part in, by kind.
-        drafted, accepted: Drafts verified and accepted; the anchor is neither.
-        committed: Tokens that its decode forwards decided and the output kept.
-        acceptance_histogram: Verify forwards by number of accepted drafts.
-        seconds: From the sample's first forward to its last.
-        tokens: Emitted tokens.
-    """
-
-    prefill_forwards: int = 0
-    draft_forwards: int = 0
-    verify_forwards: int = 0
-    ar_forwards: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    committed: int = 0
-    acceptance_histogram: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-
-    @property
-    def decode_forwards(self) -> int:
-        return self.draft_forwards + self.verify_forwards + self.ar_forwards
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Committed tokens per decode forward; prefill is excluded. 0 where there was none."""
-        return self.committed / self.decode_forwards if self.decode_forwards else 0.0
-
-    @property
-    def tokens_per_verify(self) -> float:
-        """Mean of 1 + accepted drafts over the verify forwards. 0 where there was none."""
-        return 1 + self.accepted / self.verify_forwards if self.verify_forwards else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class GenerationOutput:
-    """One sample of one prompt.
-
-    Attributes:
-        prompt_token_ids: As the model saw them.
-        token_ids: Generated tokens, with the eos or stop token that ended them.
-        text: Their text without special tokens, cut before a stop string. None without a tokenizer.
-        finish_reason: "eos", "stop", "length" (max_tokens) or "context" (the model's or the cache's room is used up).
-        logprobs: Log-probability of each token under the model's plain law, where asked for.
-        seed: Of the noise; given or drawn.
-        request, sample: Index of the prompt and of the sample.
-        stats: `GenerationStats`.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    finish_reason: str
-    logprobs: list[float] | None
-    seed: int
-    request: int
-    sample: int
-    stats: GenerationStats
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """What one forward brought one sample.
-
-    Attributes:
-        request, sample: Whose it is.
-        kind: "prefill", "draft", "verify" or "ar".
-        drafted: Drafts that the forward verified; the first `accepted` of them hold.
-        token_ids: Tokens that are now final, in order; they include the accepted drafts.
-        text: Text that is now final (characters and stop strings that are still open are held back).
-        provisional: Drafts that wait for the next verification, after all final tokens.
-        finish_reason, output: Of the sample's last event.
-    """
-
-    request: int
-    sample: int
-    kind: str
-    drafted: tuple[int, ...]
-    accepted: int
-    token_ids: tuple[int, ...]
-    text: str
-    provisional: tuple[int, ...]
-    finish_reason: str | None = None
-    output: GenerationOutput | None = None
-
-
-class Sample:
-    """A sample in flight: its tokens, its drafts, its place in the cache."""
-
-    def __init__(self, prompt: list[int], params: SamplingParams, request: int, index: int, text: TextStream) -> None:
-        self.prompt, self.params, self.request, self.index, self.text = prompt, params, request, index, text
-        self.tokens: list[int] = []  # decided; the last one is the anchor, not yet in the cache
-        self.logprobs: list[float] = []
-        self.drafts: list[int] = []
-        self.cached: CachedSequence | None = None
-        self.stats = GenerationStats()
-        self.finish_reason: str | None = None
-        self.started = 0.0
-
-    @property
-    def remaining(self) -> int:
-        return self.params.max_tokens - len(self.tokens)
-
-    @property
-    def known(self) -> list[int]:
-        """Prompt and decided tokens."""
-        return self.prompt + self.tokens
-
-    def draw(self, position: int) -> Draw:
-        return Draw(self.params, self.index, position)
-
-
-@dataclass
-class Part:
-    """A sample's share of one forward."""
-
-    sample: Sample
-    kind: str
-    block: Block
-    forced: int  # causal rows known to be right: their successors are not decided here
-    first: int = 0  # its first row
-
-    @property
-    def causal(self) -> int:
-        return len(self.block.token_ids)
-
-    def decisions(self) -> list[tuple[int, Draw]]:
-        """(row, draw) of each token this part decides: after causal rows, then at mask rows from the second on."""
-        start, causal = self.block.length, self.causal
-        after = [(self.first + i, self.sample.draw(start + i + 1)) for i in range(self.forced, causal)]
-        at = [(self.first + causal + j, self.sample.draw(start + causal + j)) for j in range(1, self.block.masks)]
-        return after + at
-
-
 class Engine:
     """Runs requests of one model to their end; see the module's text.
 
     Args:
-        model: Weights, configuration, limits.
+        model: Weights, configuration, limits, and the planner that its requests share.
     """
 
     def __init__(self, model: "ZayaForCausalLM") -> None:
         self.model, self.config = model, model.config
         self.context = min(model.config.max_position_embeddings, model.kv_cache_tokens)
+        self.steps = 0
+
+    @property
+    def planner(self) -> Planner:
+        return self.model.planner
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[StreamEvent]:
         """Checks everything, then decodes; events come as forwards end."""
@@ -194,11 +62,28 @@ class Engine:
         for request, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
             self._check(prompt, p)
             p = p.with_seed()
-            waiting.extend(Sample(prompt, p, request, i, self._text(p)) for i in range(p.n))
+            waiting.extend(self._samples(prompt, p, request))
         return self._loop(waiting)
 
-    def _text(self, params: SamplingParams) -> TextStream:
-        return TextStream(self.model.tokenizer, params.stop_strings)
+    def _samples(self, prompt: list[int], params: SamplingParams, request: int) -> Iterator[Sample]:
+        processors = self._processors(params)
+        ends = params.stop_token_ids | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
+        for index in range(params.n):
+            yield Sample(prompt, params, request, index, self.model.tokenizer, processors, ends)
+
+    def _processors(self, params: SamplingParams) -> Processors:
+        """With bad words that are strings as token ids."""
+        processors, tokenizer = params.processors, self.model.tokenizer
+        if not params.bad_strings:
+            return processors
+        if tokenizer is None:
+            raise RequestError("bad_words that are strings need a tokenizer.json beside the weights; use token ids")
+        # A word has other tokens after a space than at the start of a text.
+        spellings = [s for word in params.bad_strings for s in dict.fromkeys((word, " " + word.lstrip()))]
+        words = [tokenizer.encode(s, add_special_tokens=False).ids for s in spellings]
+        return replace(processors, bad_words=(*processors.bad_words, *words))
+
+    # Requests
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if len(prompt) >= self.context:
@@ -206,20 +91,25 @@ class Engine:
                 f"the prompt must leave room for a token in {self.context} (context and kv_cache_tokens), "
                 f"got {len(prompt)} tokens"
             )
+        params.processors.check(self.config.vocab_size)
         if params.stop_strings and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer.json beside the weights; use token ids")
-        if params.drafts and params.drafter == "mask":
-            self._check_mask_drafting()
+        if params.sampler == "denoise" or (params.drafts and params.drafter == "mask"):
+            self._check_masks(params)
 
-    def _check_mask_drafting(self) -> None:
+    def _check_masks(self, params: SamplingParams) -> None:
+        layout = self.config.draft_layout
         if self.config.mask_token_id is None:
             raise ConfigError(
                 "mask_token_id: the checkpoint's config.json names none (tidar_mask_token_id, "
                 "parallel_drafting_mask_token_id, draft_mask_token_id, bidirectional_mask_token_id, mask_token_id); "
                 "pass mask_token_id=, or sampler='ar', or a drafter that needs no mask rows"
             )
-        if self.config.draft_layout != "extra_first_mask":
-            raise ConfigError(f"draft_layout must be 'extra_first_mask' to draft, got {self.config.draft_layout!r}")
+        if layout != "extra_first_mask" and (params.sampler == "denoise" or params.mix_source == "fresh"):
+            what = "sampler='denoise'" if params.sampler == "denoise" else "mix_source='fresh'"
+            raise RequestError(f"{what} needs a mask row for the next position: draft_layout is {layout!r}")
+        if layout == "anchor_in_block" and params.groups not in (None, 0, ()):
+            raise RequestError(f"groups must be 0 with draft_layout 'anchor_in_block', got {params.groups!r}")
 
     def _room(self, sample: Sample) -> int:
         return min(len(sample.prompt) + sample.params.max_tokens, self.context)
@@ -234,52 +124,138 @@ class Engine:
                 sample = waiting.popleft()
                 sample.cached = cache.allocate(self._room(sample))
                 active.append(sample)
+                self.steps = 0  # plans for the new batch
             yield from self._step(cache, active)
             for sample in [s for s in active if s.finish_reason]:
                 cache.release(sample.cached)
                 active.remove(sample)
 
-    def _block_length(self, sample: Sample) -> int:
-        return sample.params.block_length or self.config.block_length
+    # What each sample does in a forward
 
-    def _masks(self, sample: Sample, decided: int) -> int:
-        """Mask rows after a forward that decides `decided` tokens: none where at most one is left to decide."""
-        wanted = sample.params.drafts and sample.params.drafter == "mask"
-        return self._block_length(sample) if wanted and self._left(sample) > decided + 1 else 0
+    def block_length(self, sample: Sample) -> int:
+        return sample.params.block_length or self.config.block_length
 
     def _left(self, sample: Sample) -> int:
         """Tokens still to decide, by max_tokens and by room."""
-        return min(sample.remaining, self.context - len(sample.known))
+        return min(sample.remaining, self.context - sample.length)
+
+    def _uses_masks(self, sample: Sample) -> bool:
+        return sample.params.drafts and sample.params.drafter == "mask"
+
+    def _replan(self, active: list[Sample]) -> None:
+        samples = [s for s in active if s.params.drafts and s.params.groups is None]
+        if not samples or self.steps % REPLAN_STEPS:
+            return
+        choices = []
+        for s in samples:
+            masks = self.block_length(s) if self._uses_masks(s) else 0
+            rates = self.planner.rates(s.drafter_kind, s.acceptance)
+            options = self.planner.options(rates, masks, self.block_length(s), masks == 0)
+            fixed = self.config.draft_layout == "anchor_in_block" and masks
+            choices.append([o for o in options if not (fixed and o.levels)])
+        for sample, option in zip(samples, self.planner.choose(choices), strict=True):
+            sample.option = option
+
+    def _plan(self, sample: Sample, drafts: int) -> Plan:
+        """For a sample with an anchor and `drafts` drafts."""
+        masks = self._uses_masks(sample) and self._left(sample) > 2  # a draft is for the token after the next
+        if not sample.params.drafts:
+            return Plan()
+        if sample.params.groups is not None:
+            return self._pinned(sample, drafts, masks)
+        option = sample.option
+        if option.rows > 1:
+            rows = min(drafts + 1, option.rows)
+            reason = f"{option.tokens:.2f} tokens expected of a forward of {option.mean_rows:.0f} rows"
+            levels = self._useful(sample, option.levels, rows) if drafts else (0,)
+            return Plan(rows, levels if masks else (), reason)
+        if not self.planner.may_try:
+            return Plan(reason="drafts are not expected to pay")
+        rows = min(drafts + 1, 8)
+        return Plan(rows, (0,) if masks and rows == 1 else (), "a trial: whether drafts pay is not known well")
+
+    def _pinned(self, sample: Sample, drafts: int, masks: bool) -> Plan:
+        if not drafts:
+            return Plan(1, (0,) if masks else ())
+        groups = sample.params.groups
+        levels = spread_levels(groups, self.block_length(sample)) if isinstance(groups, int) else tuple(groups)
+        return Plan(drafts + 1, self._useful(sample, levels, drafts + 1) if masks else ())
+
+    def _useful(self, sample: Sample, levels: Sequence[int], rows: int) -> tuple[int, ...]:
+        """Accept lengths that can be reached and leave room for a draft."""
+        return tuple(level for level in sorted(levels) if level < min(rows, self._left(sample) - 2))
+
+    def _wants_drafts(self, sample: Sample) -> bool:
+        """Whether the end of the prompt carries a mask group."""
+        wanted = self._uses_masks(sample) and self._left(sample) > 2 and self.config.draft_layout != "anchor_in_block"
+        auto = sample.params.groups is None
+        return wanted and (not auto or sample.option.rows > 1 or self.planner.may_try)
+
+    def _group(self, sample: Sample, after: int) -> Group:
+        B, mask, layout = self.block_length(sample), self.config.mask_token_id, self.config.draft_layout
+        if layout == "masks_after_anchor":
+            return Group(after, [mask] * (B - 1), skip=1)
+        return Group(after, [mask] * B)
 
     def _part(self, sample: Sample, prefill_rows: int) -> Part | None:
         """What a sample does in this forward; None where prompt rows are used up."""
+        if sample.cached.length < len(sample.prompt):
+            return self._prefill(sample, prefill_rows)
+        if sample.params.sampler == "denoise":
+            return self._denoise(sample, sample.known[sample.cached.length :])
+        return self._decode(sample)
+
+    def _prefill(self, sample: Sample, prefill_rows: int) -> Part | None:
         cached, prompt = sample.cached, sample.prompt
-        if cached.length < len(prompt):
-            rows = min(prefill_rows, len(prompt) - cached.length)
-            if rows == 0:
-                return None
-            last = cached.length + rows == len(prompt)
-            tokens, kind, forced = prompt[cached.length : cached.length + rows], PREFILL, rows - 1 if last else rows
-            masks = self._masks(sample, 1) if last else 0
-        else:
-            self._ask_drafter(sample)
-            drafts = sample.drafts[: self._left(sample) - 1]
-            tokens, forced = [sample.tokens[-1], *drafts], 0
-            masks = 0 if drafts else self._masks(sample, 1)
-            kind = VERIFY if drafts else DRAFT if masks else AR
-        return Part(sample, kind, Block(cached.length, cached.slot, cached.pages, tokens, masks), forced)
+        rows = min(prefill_rows, len(prompt) - cached.length)
+        if rows == 0:
+            return None
+        tokens, last = prompt[cached.length : cached.length + rows], cached.length + rows == len(prompt)
+        if last and sample.params.sampler == "denoise":
+            return self._denoise(sample, tokens, PREFILL)
+        groups = [self._group(sample, rows - 1)] if last and self._wants_drafts(sample) else []
+        block = Block(cached.length, cached.slot, cached.pages, tokens, groups)
+        return Part(sample, PREFILL, block, rows - 1 if last else rows, Plan(rows, reason="prompt"))
+
+    def _denoise(self, sample: Sample, tokens: list[int], kind: str = DENOISE) -> Part:
+        """Commits tokens that are decided, and looks at the block that comes after them."""
+        cached = sample.cached
+        length = min(self.block_length(sample), self._left(sample))
+        canvas = sample.canvas.row_tokens(length, self.config.mask_token_id)
+        block = Block(cached.length, cached.slot, cached.pages, tokens, [Group(len(tokens) - 1, canvas)])
+        return Part(sample, kind, block, len(tokens), Plan(len(canvas), reason="denoising"))
+
+    def _decode(self, sample: Sample) -> Part:
+        self._ask_drafter(sample)
+        cached, left = sample.cached, self._left(sample)
+        sample.drafts = sample.drafts[: left - 1]
+        plan = self._plan(sample, len(sample.drafts))
+        drafts = sample.drafts[: plan.rows - 1]
+        anchor = sample.tokens[-1]
+        if not drafts and plan.levels and self.config.draft_layout == "anchor_in_block":
+            mask = [self.config.mask_token_id] * (self.block_length(sample) - 1)
+            block = Block(cached.length, cached.slot, cached.pages, [], [Group(-1, [anchor, *mask])])
+            return Part(sample, DRAFT, block, 0, plan)
+        groups = [self._group(sample, level) for level in plan.levels]
+        kind = VERIFY if drafts else DRAFT if groups else AR
+        return Part(sample, kind, Block(cached.length, cached.slot, cached.pages, [anchor, *drafts], groups), 0, plan)
 
     def _ask_drafter(self, sample: Sample) -> None:
-        params, count = sample.params, min(self._block_length(sample), self._left(sample)) - 1
-        if not params.drafts or not callable(params.drafter) or count < 1:
+        params, count = sample.params, min(self.block_length(sample), self._left(sample)) - 1
+        if not params.drafts or params.drafter == "mask" or count < 1:
             return
-        drafts = [int(token) for token in params.drafter(sample.known, count)][:count]
+        sample.drafts = []
+        if params.groups is None and sample.option.rows == 1 and not self.planner.may_try:
+            return
+        found = params.drafter(sample.known, count) if callable(params.drafter) else sample.ngram.draft(count)
+        drafts = [int(token) for token in found][:count]
         for token in drafts:
             if not 0 <= token < self.config.vocab_size:
                 raise RequestError(f"drafter must return token ids in [0, {self.config.vocab_size - 1}], got {token}")
         sample.drafts = drafts
 
     def _parts(self, active: list[Sample]) -> list[Part]:
+        self._replan(active)
         parts, prefill_rows, first = [], PREFILL_ROWS, 0
         for sample in active:
             part = self._part(sample, prefill_rows)
@@ -289,86 +265,167 @@ class Engine:
             first += part.block.rows
             prefill_rows -= part.causal if part.kind == PREFILL else 0
             parts.append(part)
+        self.steps += 1
         return parts
 
+    # The forward and what it decides
+
+    def _asks(self, part: Part, hidden_states: Tensor) -> list[Ask]:
+        """The rows after which a token is decided, and draft rows that are needed whatever is decided."""
+        asks = []
+        if part.forced < part.causal:
+            rows = range(part.first + part.forced, part.first + part.causal)
+            position = part.block.length + part.forced + 1
+            states = part.sample.draft_states
+            states = states[: len(part.drafts)] if states is not None and part.drafts else None
+            ask = Ask(part.sample, rows, position, part.drafts, states)
+            ask.partners = self._partners(part, ask, hidden_states)
+            asks.append(ask)
+        if self._drafts_at_once(part):
+            asks.append(self._draft_ask(part, part.causal))
+        return asks
+
+    def _partners(self, part: Part, ask: Ask, hidden_states: Tensor) -> list[Tensor | None]:
+        p = part.sample.params
+        if p.mix == 0:
+            return []
+        if p.mix_source == "draft":
+            return [] if ask.states is None else list(ask.states)
+        groups = {group.after: hidden_states[part.group_rows(group)[0]] for group in part.block.groups}
+        return [groups.get(part.forced + i) for i in range(len(ask.rows))]
+
+    def _drafts_at_once(self, part: Part) -> bool:
+        """Whether the drafts depend on nothing that this forward decides, so that one head call serves both."""
+        certain = part.kind in (PREFILL, DRAFT) and len(part.block.groups) == 1
+        denoising = part.sample.params.sampler == "denoise"
+        return certain and not denoising and not self.model.heads.is_separate and not part.sample.processors.active
+
+    def _draft_ask(self, part: Part, committed: int) -> Ask:
+        rows, position = part.draft_rows(committed)
+        return Ask(part.sample, rows, position, drafting=True)
+
+    def _limit(self, part: Part, decided: Decided | None) -> int:
+        if decided is None or part.kind == PREFILL:
+            return part.causal
+        return min(len(decided.tokens), self._left(part.sample))
+
     @torch.inference_mode()
-    def _forward(self, cache: Cache, parts: list[Part]) -> tuple[Tensor, ...]:
-        """One step of the model: its choices per row, and what verification committed."""
-        config, device = self.config, self.model.device
-        step = make_step([part.block for part in parts], cache.page_size, config.mask_token_id, config.mask_parent)
-        step = step.to(device)
+    def _step(self, cache: Cache, active: list[Sample]) -> list[StreamEvent]:
+        started = time.perf_counter()
+        parts = self._parts(active)
+        step = make_step([part.block for part in parts], cache.page_size, self.config.mask_parent)
+        step = step.to(self.model.device)
         transaction = cache.begin(step, [part.sample.cached for part in parts])
         hidden_states = self.model.decoder(transaction)
 
-        decisions = [decision for part in parts for decision in part.decisions()]
-        chosen = step.token_ids.roll(-1)  # a row before a known token "decides" that token
-        logprobs = torch.zeros(len(chosen), device=device)
-        if decisions:
-            rows = torch.tensor([row for row, _ in decisions], device=device)
-            head = self.model.decoder.lm_head
-            draws = [draw for _, draw in decisions]
-            tokens, values = choose(hidden_states[rows], head.weight, head.out_features, draws)
-            chosen[rows], logprobs[rows] = tokens, values
+        asks = [self._asks(part, hidden_states) for part in parts]
+        flat = iter(decide(self.model.heads, hidden_states, [ask for own in asks for ask in own]))
+        decided = [{ask.drafting: next(flat) for ask in own} for own in asks]
+        accepted, committed, commit_rows = self._verify(step, parts, decided)
+        transaction.commit(committed, commit_rows)
 
+        texts = [
+            self._take(part, asks[i], decided[i].get(False), accepted[i], committed[i], hidden_states)
+            for i, part in enumerate(parts)
+        ]
+        self._draft(parts, decided, committed, hidden_states)
+        seconds = time.perf_counter() - started
+        self._account(parts, texts)
+        return [
+            self._event(part, text, new, a, started, seconds) for part, (text, new, a) in zip(parts, texts, strict=True)
+        ]
+
+    def _verify(
+        self, step: Step, parts: list[Part], decided: list[dict[bool, Decided]]
+    ) -> tuple[list[int], list[int], Tensor]:
+        chosen = step.token_ids.roll(-1).cpu()  # a row before a known token "decides" that token
+        for part, own in zip(parts, decided, strict=True):
+            if False in own:
+                first, tokens = part.first + part.forced, own[False].tokens
+                chosen[first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        device = step.token_ids.device
         lengths = torch.tensor([part.causal for part in parts], dtype=torch.int32, device=device)
-        limits = torch.tensor([self._limit(part) for part in parts], dtype=torch.int32, device=device)
-        accepted, committed, commit_rows, _ = ops.verify_tokens(step.token_ids, chosen, step.cu_rows, lengths, limits)
-        transaction.commit(committed.tolist(), commit_rows)
-        return chosen.cpu(), logprobs.cpu(), accepted.cpu(), committed.cpu()
-
-    def _limit(self, part: Part) -> int:
-        return part.causal if part.kind == PREFILL else min(part.causal, self._left(part.sample))
-
-    def _step(self, cache: Cache, active: list[Sample]) -> Iterator[StreamEvent]:
-        parts = self._parts(active)
-        started = time.perf_counter()
-        chosen, logprobs, accepted, committed = (x.tolist() for x in self._forward(cache, parts))
-        for part, a, n in zip(parts, accepted, committed, strict=True):
-            rows = slice(part.first + part.forced, part.first + n)
-            part.sample.started = part.sample.started or started
-            yield self._finish_part(part, chosen[rows], logprobs[rows], min(a, n - 1), self._drafts_of(part, chosen))
-
-    def _drafts_of(self, part: Part, chosen: list[int]) -> list[int]:
-        group = part.first + part.causal
-        return chosen[group + 1 : group + part.block.masks]
-
-    def _finish_part(
-        self, part: Part, decided: list[int], logprobs: list[float], accepted: int, drafts: list[int]
-    ) -> StreamEvent:
-        sample = part.sample
-        before = len(sample.tokens)
-        text = self._append(sample, decided, logprobs)
-        new = tuple(sample.tokens[before:])
-        self._count(part, accepted, len(new))
-        sample.drafts = [] if sample.finish_reason else drafts
-        output = self._output(sample) if sample.finish_reason else None
-        return StreamEvent(
-            request=sample.request,
-            sample=sample.index,
-            kind=part.kind,
-            drafted=tuple(part.block.token_ids[1:]) if part.kind == VERIFY else (),
-            accepted=accepted if part.kind == VERIFY else 0,
-            token_ids=new,
-            text=text,
-            provisional=tuple(sample.drafts),
-            finish_reason=sample.finish_reason,
-            output=output,
+        room = [self._limit(part, own.get(False)) for part, own in zip(parts, decided, strict=True)]
+        limits = torch.tensor(room, dtype=torch.int32, device=device)
+        accepted, committed, commit_rows, _ = ops.verify_tokens(
+            step.token_ids, chosen.to(device), step.cu_rows, lengths, limits
         )
+        return accepted.tolist(), committed.tolist(), commit_rows
 
-    def _append(self, sample: Sample, decided: list[int], logprobs: list[float]) -> str:
+    def _take(
+        self, part: Part, asks: list[Ask], decided: Decided | None, accepted: int, committed: int, hidden_states: Tensor
+    ) -> tuple[str, tuple[int, ...], int]:
+        """Gives the sample what was decided: its final text, its tokens, and how many drafts held."""
+        sample, before = part.sample, len(part.sample.tokens)
+        if part.block.groups and sample.params.sampler == "denoise":
+            decided = self._reveal(part, hidden_states)
+            committed = part.forced + len(decided.tokens)
+        text = self._append(sample, decided, committed - part.forced) if decided is not None else ""
+        new = tuple(sample.tokens[before:])
+        accepted = min(accepted, committed - 1) if part.kind == VERIFY else 0
+        self._count(part, accepted, len(new))
+        if asks and asks[0].mixes:
+            for kl, distance in measure_mixing(self.model.heads, hidden_states, asks[0], len(new)):
+                sample.stats.count_mixed(kl, distance)
+        return text, new, accepted
+
+    def _reveal(self, part: Part, hidden_states: Tensor) -> Decided:
+        """One pass over the block of a denoising sample; its tokens once all stand."""
+        (group,) = part.block.groups
+        rows = part.group_rows(group)
+        position = part.block.length + part.causal
+        ask = Ask(part.sample, rows, position, drafting=True)
+        return part.sample.canvas.reveal(self.model.heads, hidden_states[rows.start : rows.stop], ask)
+
+    def _draft(
+        self, parts: list[Part], decided: list[dict[bool, Decided]], committed: list[int], hidden_states: Tensor
+    ) -> None:
+        """New drafts for every sample that goes on: decided with the forward already, or now that its end is known."""
+        late = []
+        for part, own, n in zip(parts, decided, committed, strict=True):
+            sample = part.sample
+            sample.drafts, sample.draft_states = [], None
+            if sample.finish_reason or not part.block.groups or sample.params.sampler == "denoise":
+                continue
+            ask = self._draft_ask(part, n)
+            if True in own:
+                self._keep(ask, own[True], hidden_states)
+            elif len(ask.rows):
+                late.append(ask)
+            else:
+                sample.stats.missed_groups += 1
+        if late:
+            for ask, result in zip(late, decide(self.model.heads, hidden_states, late), strict=True):
+                self._keep(ask, result, hidden_states)
+
+    def _keep(self, ask: Ask, drafts: Decided, hidden_states: Tensor) -> None:
+        params = ask.params
+        ask.sample.drafts = drafts.tokens
+        if params.rejects or (params.mix > 0 and params.mix_source == "draft"):
+            ask.sample.draft_states = hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
+
+    # Bookkeeping
+
+    def _append(self, sample: Sample, decided: Decided, count: int) -> str:
         """Takes tokens up to the first that ends the sample; returns the text that became final."""
-        text, params = "", sample.params
-        for token, logprob in zip(decided, logprobs, strict=True):
-            sample.tokens.append(token)
-            sample.logprobs.append(logprob)
-            text += sample.text.append(token)
+        text, params, kept = "", sample.params, sample.decided
+        for i in range(count):
+            token = decided.tokens[i]
+            if token < 0:
+                raise RequestError(
+                    f"request {sample.request}: the model gave no usable logits (NaN, or nothing allowed)"
+                )
+            text += sample.append(token)
+            kept.logprobs.append(decided.logprobs[i])
+            kept.drawn += decided.drawn[i : i + 1]
+            kept.top += decided.top[i : i + 1]
             if token in self.config.eos_token_ids and not params.ignore_eos:
                 sample.finish_reason = "eos"
             elif token in params.stop_token_ids or sample.text.stopped:
                 sample.finish_reason = "stop"
             elif sample.remaining == 0:
                 sample.finish_reason = "length"
-            elif len(sample.known) >= self.context:
+            elif sample.length >= self.context:
                 sample.finish_reason = "context"
             if sample.finish_reason:
                 return text + sample.text.flush()
@@ -379,25 +436,57 @@ class Engine:
         name = f"{part.kind}_forwards"
         setattr(stats, name, getattr(stats, name) + 1)
         stats.tokens += tokens
-        if part.kind != PREFILL:
-            stats.committed += tokens
+        if part.kind == PREFILL:
+            return
+        stats.committed += tokens
+        plan = part.kind if part.kind != VERIFY else part.plan.name
+        stats.plan[plan] = stats.plan.get(plan, 0) + 1
+        stats.plan_reason = part.plan.reason
         if part.kind == VERIFY:
-            stats.drafted += part.causal - 1
-            stats.accepted += accepted
-            missing = accepted + 1 - len(stats.acceptance_histogram)
-            stats.acceptance_histogram += [0] * missing
-            stats.acceptance_histogram[accepted] += 1
-        stats.seconds = time.perf_counter() - part.sample.started
+            stats.count_verified(part.causal - 1, accepted)
+            self.planner.count(part.sample.drafter_kind, part.sample.acceptance, part.causal - 1, accepted)
+
+    def _account(self, parts: list[Part], taken: list[tuple[str, tuple[int, ...], int]]) -> None:
+        """Tells the planner what a decode forward brought; forwards with prompts in them say nothing about drafts."""
+        if all(part.kind in (AR, DRAFT, VERIFY) for part in parts):
+            tokens = sum(len(new) for _, new, _ in taken)
+            drafting = any(part.kind != AR for part in parts)
+            self.planner.account(sum(part.block.rows for part in parts), len(parts), tokens, drafting)
+
+    def _event(
+        self, part: Part, text: str, new: tuple[int, ...], accepted: int, started: float, seconds: float
+    ) -> StreamEvent:
+        sample = part.sample
+        sample.started = sample.started or started
+        sample.stats.seconds = started + seconds - sample.started
+        return StreamEvent(
+            request=sample.request,
+            sample=sample.index,
+            kind=part.kind,
+            drafted=tuple(part.drafts),
+            accepted=accepted,
+            token_ids=new,
+            text=text,
+            provisional=sample.canvas.shown() or tuple(sample.drafts),
+            finish_reason=sample.finish_reason,
+            output=self._output(sample) if sample.finish_reason else None,
+            plan=(part.causal, part.plan.levels),
+            logprobs=tuple(sample.decided.logprobs[len(sample.decided.logprobs) - len(new) :]),
+            seconds=seconds,
+        )
 
     def _output(self, sample: Sample) -> GenerationOutput:
+        reported = sample.params.logprobs is not None
         return GenerationOutput(
             prompt_token_ids=sample.prompt,
             token_ids=sample.tokens,
             text=sample.text.text,
             finish_reason=sample.finish_reason,
-            logprobs=sample.logprobs if sample.params.logprobs is not None else None,
+            logprobs=sample.decided.logprobs if reported else None,
             seed=sample.params.seed,
             request=sample.request,
             sample=sample.index,
             stats=sample.stats,
+            drawn_logprobs=sample.decided.drawn if reported else None,
+            top_logprobs=sample.decided.top if reported else None,
         )

@@ -1,39 +1,56 @@
 """A step as rows: what prefill, decoding, drafting and verification have in common.
 
-A sequence contributes causal rows at the positions from its length on, and optionally a group of mask rows after the
-last of them. Rows know their parent (the row of the preceding token, -1 for the committed state), their position and
-which keys they see; the operators know nothing else about a step.
+A sequence contributes causal rows at the positions from its length on, and groups of rows that draft: each follows one
+of the causal rows and sees what that row sees, that row, and itself in both directions. Rows know their parent (the row
+of the preceding token, -1 for the committed state), their position and which keys they see; the operators know nothing
+else about a step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-PREFILL, DRAFT, VERIFY, AR = "prefill", "draft", "verify", "ar"
+PREFILL, DRAFT, VERIFY, AR, DENOISE = "prefill", "draft", "verify", "ar", "denoise"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that see each other; never committed.
+
+    Attributes:
+        after: Index of the causal row it follows; -1: the committed tokens.
+        token_ids: Mask tokens, or tokens revealed among them.
+        skip: Positions left out between that row and the first of the group.
+    """
+
+    after: int
+    token_ids: list[int]
+    skip: int = 0
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one sequence in a step.
+    """The rows of one sequence in a step: causal rows, then its groups, one behind the other.
 
     Attributes:
         length: Committed tokens before the block.
         slot: Slot of its CCA state.
         pages: Its pages, in order.
         token_ids: Tokens of the causal rows, at positions length, length + 1, ...
-        masks: Mask rows after the last causal row: a group that sees itself in both directions.
+        groups: Any number, in any order.
     """
 
     length: int
     slot: int
     pages: list[int]
     token_ids: list[int]
-    masks: int = 0
+    groups: Sequence[Group] = ()
 
     @property
     def rows(self) -> int:
-        return len(self.token_ids) + self.masks
+        return len(self.token_ids) + sum(len(group.token_ids) for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -56,37 +73,60 @@ class Step:
         return Step(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def make_step(
-    blocks: list[Block], page_size: int, mask_token_id: int | None = None, mask_parent: str = "previous"
-) -> Step:
+class Rows:
+    """Columns of a step in the making."""
+
+    def __init__(self, page_size: int, mask_parent: str) -> None:
+        self.page_size, self.chained = page_size, mask_parent == "previous"
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.prefix: list[int] = []
+        self.begins: list[int] = []
+        self.ends: list[int] = []
+
+    def add_causal(self, block: Block) -> None:
+        first, count, size = len(self.tokens), len(block.token_ids), self.page_size
+        positions = range(block.length, block.length + count)
+        self.tokens += block.token_ids
+        self.parents += [-1, *range(first, first + count - 1)] if count else []
+        self.positions += positions
+        self.slots += [block.pages[p // size] * size + p % size for p in positions]
+        self.prefix += [p + 1 for p in positions]
+        self.begins += [first] * count
+        self.ends += [first] * count
+
+    def add_group(self, block: Block, group: Group, first_causal: int) -> None:
+        first, count = len(self.tokens), len(group.token_ids)
+        seen = block.length + group.after + 1
+        parent = first_causal + group.after if group.after >= 0 else -1
+        self.tokens += group.token_ids
+        self.parents += [parent, *range(first, first + count - 1)] if self.chained else [parent] * count
+        self.positions += range(seen + group.skip, seen + group.skip + count)
+        self.slots += [-1] * count
+        self.prefix += [seen] * count
+        self.begins += [first] * count
+        self.ends += [first + count] * count
+
+
+def make_step(blocks: list[Block], page_size: int, mask_parent: str = "previous") -> Step:
     """Lays the blocks' rows one behind the other.
 
     Args:
         blocks: One per sequence.
         page_size: Tokens of a page.
-        mask_token_id: Token of the mask rows.
-        mask_parent: What a mask row follows in the convolutions: "previous", the mask before it (the first one: the
-            last causal row), or "anchor", the last causal row for all of them.
+        mask_parent: What a row of a group follows in the convolutions: "previous", the row before it (the first one:
+            the causal row that the group follows), or "anchor", that causal row for all of them.
     """
-    columns: list[list] = [[] for _ in range(8)]
-    tokens, parents, positions, states, slots, prefix, begins, ends = columns
-    cu_rows = [0]
+    rows = Rows(page_size, mask_parent)
+    cu_rows, states = [0], []
     for block in blocks:
-        first, causal = cu_rows[-1], len(block.token_ids)
-        group = first + causal
-        end = block.length + causal  # position after the last causal row
-        last = first + block.rows
-        tokens += [*block.token_ids, *[mask_token_id] * block.masks]
-        parents += [-1, *range(first, group - 1)] if causal else []
-        parents += range(group - 1, last - 1) if mask_parent == "previous" else [group - 1] * block.masks
-        positions += range(block.length, block.length + block.rows)
+        rows.add_causal(block)
+        for group in block.groups:
+            rows.add_group(block, group, cu_rows[-1])
         states += [block.slot] * block.rows
-        slots += [block.pages[p // page_size] * page_size + p % page_size for p in range(block.length, end)]
-        slots += [-1] * block.masks
-        prefix += [*range(block.length + 1, end + 1), *[end] * block.masks]
-        begins += [first] * causal + [group] * block.masks
-        ends += [first] * causal + [last] * block.masks
-        cu_rows.append(last)
+        cu_rows.append(len(rows.tokens))
     width = max((len(block.pages) for block in blocks), default=0)
     table = [block.pages + [0] * (width - len(block.pages)) for block in blocks]
 
@@ -94,14 +134,14 @@ def make_step(
         return torch.tensor(values, dtype=torch.int32)
 
     return Step(
-        token_ids=ints(tokens),
-        row_parents=ints(parents),
-        row_positions=ints(positions),
+        token_ids=ints(rows.tokens),
+        row_parents=ints(rows.parents),
+        row_positions=ints(rows.positions),
         row_states=ints(states),
-        row_slots=torch.tensor(slots, dtype=torch.int64),
-        row_prefix=ints(prefix),
-        row_group_begin=ints(begins),
-        row_group_end=ints(ends),
+        row_slots=torch.tensor(rows.slots, dtype=torch.int64),
+        row_prefix=ints(rows.prefix),
+        row_group_begin=ints(rows.begins),
+        row_group_end=ints(rows.ends),
         cu_rows=ints(cu_rows),
         page_table=ints(table).reshape(len(blocks), width),
         state_slots=ints([block.slot for block in blocks]),

@@ -6,18 +6,25 @@ from torch import Tensor
 from blockdraft import ZayaForCausalLM
 from blockdraft.cache import Cache, CachedSequence
 from blockdraft.reference.pages import read_keys
-from blockdraft.steps import Block, make_step
+from blockdraft.steps import Block, Group, make_step
 
 
 def forward(
     model: ZayaForCausalLM,
     cache: Cache,
-    parts: list[tuple[CachedSequence, list[int], int]],
+    parts: list[tuple[CachedSequence, list[int], int | dict[int, int]]],
     commit: list[int] | None = None,
 ) -> list[Tensor]:
-    """One forward over (sequence, tokens, masks); commits that many rows of each; returns logits of each part."""
-    blocks = [Block(s.length, s.slot, s.pages, tokens, masks) for s, tokens, masks in parts]
-    step = make_step(blocks, cache.page_size, model.config.mask_token_id, model.config.mask_parent)
+    """One forward over (sequence, tokens, masks); commits that many rows of each; returns logits of each part.
+
+    masks: how many after the last token, or a group's size by the index of the token that it follows.
+    """
+    mask = model.config.mask_token_id
+    blocks = []
+    for s, tokens, masks in parts:
+        groups = masks if isinstance(masks, dict) else {len(tokens) - 1: masks} if masks else {}
+        blocks.append(Block(s.length, s.slot, s.pages, tokens, [Group(i, [mask] * n) for i, n in groups.items()]))
+    step = make_step(blocks, cache.page_size, model.config.mask_parent)
     transaction = cache.begin(step, [s for s, _, _ in parts])
     logits = model.decoder.lm_head(model.decoder(transaction), out_float32=True)
     first = step.cu_rows[:-1]

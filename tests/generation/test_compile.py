@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockdraft.model.layers import LayerCache
-from blockdraft.steps import Block, make_step
+from blockdraft.steps import Block, Group, make_step
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, inside its compiler
@@ -12,7 +12,7 @@ from blockdraft.steps import Block, make_step
 def test_decoder_layer(tiny, layer):
     cache = tiny.new_cache(64, 1)
     sequence = cache.allocate(40)
-    step = make_step([Block(0, sequence.slot, sequence.pages, [5, 6, 7], 4)], cache.page_size, 4)
+    step = make_step([Block(0, sequence.slot, sequence.pages, [5, 6, 7], [Group(2, [4] * 4)])], cache.page_size)
     x = torch.randn(7, 64).to(tiny.dtype)
     residual = torch.randn(7, 64)
     states = None if layer == 0 else torch.randn(7, 24)

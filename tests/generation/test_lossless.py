@@ -1,6 +1,7 @@
 """Drafting and verifying gives the tokens of plain decoding, in bfloat16 and float32, whatever the drafter.
 
-BLOCKDRAFT_TEST_FULL=1 takes all 200 prompts; otherwise a part of them, chosen by a fixed seed.
+BLOCKDRAFT_TEST_FULL=1 takes all 200 prompts, and 1,000 pairs of prompt and seed for each way to draft; otherwise a part
+of them, chosen by a fixed seed. Unless a test says otherwise, drafting and verifying alternate (groups=0).
 """
 
 import os
@@ -16,6 +17,7 @@ from bundled_prompts import held_out_prompts
 FULL = bool(os.environ.get("BLOCKDRAFT_TEST_FULL"))
 PROMPTS = 200 if FULL else 10
 TOKENS = 96 if FULL else 64
+PAIRS, PAIR_TOKENS = (1000, 64) if FULL else (12, 48)
 LAWS = {
     "greedy": {"temperature": 0.0},
     "T0.7": {"temperature": 0.7},
@@ -53,7 +55,7 @@ def plain(model, prompts):
 
 
 def params_of(law: str, seed: int, **changes: object) -> SamplingParams:
-    return replace(SamplingParams(max_tokens=TOKENS, seed=seed, **LAWS[law]), **changes)
+    return replace(SamplingParams(max_tokens=TOKENS, seed=seed, groups=0, **LAWS[law]), **changes)
 
 
 def assert_identical(outputs, expected):
@@ -111,6 +113,75 @@ def test_oracle_drafter_commits_whole_blocks(model, prompts, plain, law):
         assert sum(histogram[:15]) <= 1  # the last block may be shorter
         if len(output.token_ids) == TOKENS:
             assert output.stats.verify_forwards + output.stats.ar_forwards == -(-(TOKENS - 1) // 16)
+
+
+@pytest.fixture(scope="module")
+def pairs(prompts):
+    """(prompt, law, seed): every prompt again and again, with other noise and another law."""
+    laws = list(LAWS)
+    return [(prompts[i % len(prompts)], laws[(i + i // len(prompts)) % len(laws)], i) for i in range(PAIRS)]
+
+
+@pytest.fixture(scope="module")
+def plain_pairs(model, pairs):
+    params = [params_of(law, seed, sampler="ar", max_tokens=PAIR_TOKENS) for _, law, seed in pairs]
+    return [o.token_ids for o in model.generate([p for p, _, _ in pairs], params)]
+
+
+def run_pairs(model, pairs, **changes):
+    params = [params_of(law, seed, max_tokens=PAIR_TOKENS, **changes) for _, law, seed in pairs]
+    return model.generate([p for p, _, _ in pairs], params)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3, 16, (0, 5), None], ids=str)
+def test_mask_groups(model, pairs, plain_pairs, groups):
+    """Mask rows beside the verified ones change nothing; None leaves it to the planner."""
+    outputs = run_pairs(model, pairs, groups=groups)
+    assert_identical(outputs, plain_pairs)
+    if groups is not None:
+        assert sum(o.stats.accepted for o in outputs) > 0
+        planned = {name for o in outputs for name in o.stats.plan}
+        most = groups if isinstance(groups, int) else len(groups)
+        assert ("verify" if most == 0 else f"verify+{most}") in planned
+
+
+@pytest.mark.parametrize("groups", [0, 16])
+@pytest.mark.parametrize("drafter", ["ngram", "random", "adversarial"])
+def test_drafters(model, pairs, plain_pairs, drafter, groups):
+    V, noise = model.config.vocab_size, random.Random(3)
+    known = {(tuple(model.encode(p)), seed): e for (p, _, seed), e in zip(pairs, plain_pairs, strict=True)}
+
+    def never_right(prompt: list[int], seed: int):
+        """Knows the tokens of plain decoding, and proposes others."""
+        expected = known[tuple(prompt), seed]
+        return lambda tokens, count: [(t + 1) % V for t in expected[len(tokens) - len(prompt) :][:count]]
+
+    def drafter_of(prompt: str, seed: int):
+        if drafter == "ngram":
+            return "ngram"
+        if drafter == "random":
+            return lambda tokens, count: [noise.randrange(V) for _ in range(count)]
+        return never_right(model.encode(prompt), seed)
+
+    params = [
+        params_of(law, seed, max_tokens=PAIR_TOKENS, drafter=drafter_of(p, seed), groups=groups)
+        for p, law, seed in pairs
+    ]
+    outputs = model.generate([p for p, _, _ in pairs], params)
+    assert_identical(outputs, plain_pairs)
+    assert sum(o.stats.drafted for o in outputs) > 0
+    if drafter == "adversarial":
+        assert sum(o.stats.accepted for o in outputs) == 0
+
+
+def test_match_gives_the_tokens_of_plain_decoding(model, pairs, plain_pairs):
+    outputs = run_pairs(model, pairs, verification="match")
+    assert_identical(outputs, plain_pairs)
+
+
+def test_rejection_is_plain_decoding_when_greedy(model, prompts, plain):
+    outputs = model.generate(prompts, [params_of("greedy", i, verification="rejection") for i in range(len(prompts))])
+    assert_identical(outputs, plain("greedy"))
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 32])

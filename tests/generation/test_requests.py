@@ -32,13 +32,33 @@ def model():
         ({"min_p": 2}, "min_p must be a number"),
         ({"seed": -1}, "seed must be an integer"),
         ({"n": 0}, "n must be an integer"),
-        ({"mix": 0.5}, "mix must be 0, got 0.5"),
+        ({"mix": 0.5}, "mix must be 0 unless sampler='mixed'.*got 0.5"),
+        ({"sampler": "mixed", "mix": 1.5}, r"mix must be a number in \[0, 1\], got 1.5"),
+        ({"mix_source": "old"}, "mix_source must be 'draft' or 'fresh', got 'old'"),
+        ({"mix_max_kl": -1}, "mix_max_kl must be a number"),
+        ({"mix_max_entropy": "a"}, "mix_max_entropy must be a number"),
+        ({"lenience": 2.0, "verification": "rejection"}, "lenience must be 1 unless sampler='mixed'"),
+        ({"lenience": 2.0, "sampler": "mixed"}, "lenience must be 1 unless .*verification='rejection'"),
+        ({"lenience": 0.5}, "lenience must be a number in"),
+        ({"groups": -1}, "groups must be an integer in"),
+        ({"groups": (1, 40)}, "groups must be an integer in"),
+        ({"groups": (1, 1)}, "groups must name each accept length once"),
+        ({"denoising_steps": 0}, "denoising_steps must be an integer in"),
+        ({"reveal": "all"}, "reveal must be 'confidence'"),
+        ({"reveal_threshold": -0.5}, "reveal_threshold must be a number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty must be a number"),
+        ({"presence_penalty": -3.0}, "presence_penalty must be a number"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias must map"),
+        ({"bad_words": [[]]}, "bad_words must be non-empty"),
+        ({"min_tokens": -1}, "min_tokens must be an integer"),
+        ({"allowed_tokens": 5}, "allowed_tokens must be callable"),
         ({"block_length": 1}, "block_length must be an integer"),
         ({"block_length": 33}, "block_length must be an integer"),
-        ({"logprobs": 5}, "logprobs must be 0"),
-        ({"sampler": "mixed"}, "sampler must be 'lossless' or 'ar', got 'mixed'"),
-        ({"verification": "match"}, "verification must be 'gumbel'"),
-        ({"drafter": "ngram"}, "drafter must be 'mask' or 'none'"),
+        ({"logprobs": 65}, "logprobs must be an integer in"),
+        ({"sampler": "beam"}, "sampler must be 'lossless' or 'ar' or 'mixed' or 'denoise', got 'beam'"),
+        ({"verification": "typical"}, "verification must be 'gumbel' or 'rejection' or 'match', got 'typical'"),
+        ({"drafter": "eagle"}, "drafter must be 'mask' or 'ngram' or 'none', got 'eagle'"),
         ({"stop": ("",)}, "stop must be non-empty"),
         ({"stop": (1.5,)}, "stop must be non-empty"),
     ],
@@ -86,11 +106,26 @@ def test_mask_drafting_needs_a_mask_token(tmp_path):
     assert with_id.generate([[5, 6]], SamplingParams(max_tokens=4))[0].stats.drafted > 0
 
 
-def test_other_layouts_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"groups": 3}, "groups must be 0 with draft_layout 'anchor_in_block', got 3"),
+        ({"sampler": "denoise"}, "sampler='denoise' needs a mask row for the next position"),
+        ({"sampler": "mixed", "mix": 0.5, "mix_source": "fresh"}, "mix_source='fresh' needs a mask row"),
+    ],
+    ids=["groups", "denoise", "fresh"],
+)
+def test_what_a_layout_cannot_do(tmp_path, params, message):
     folder = save(random_model(tiny_config(draft_layout="anchor_in_block")), tmp_path)
     model = ZayaForCausalLM.from_pretrained(folder, progress=False)
-    with pytest.raises(ConfigError, match="draft_layout must be 'extra_first_mask'"):
-        model.generate([[5, 6]])
+    with pytest.raises(RequestError, match=message):
+        model.generate([[5, 6]], SamplingParams(**params))
+
+
+def test_processors_with_ids_out_of_range(model):
+    for params in ({"logit_bias": {272: 1.0}}, {"bad_words": [[272]]}):
+        with pytest.raises(RequestError, match=r"token ids in \[0, 271\], got 272"):
+            model.generate(["x"], SamplingParams(**params))
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,12 @@ def test_error_messages(backend, changes, message):
 
 @each_wrong_call(
     {
-        "length0": ({"verify_lengths": int32([0, 2])}, r"verify_lengths must be in \[1, 3\], got 0 at 0"),
-        "length-1": ({"verify_lengths": int32([3, -1])}, r"verify_lengths must be in \[1, 2\], got -1 at 1"),
-        "length-long": ({"verify_lengths": int32([4, 2])}, r"verify_lengths must be in \[1, 3\], got 4 at 0"),
+        "length-1": ({"verify_lengths": int32([3, -1])}, r"verify_lengths must be in \[0, 2\], got -1 at 1"),
+        "length-long": ({"verify_lengths": int32([4, 2])}, r"verify_lengths must be in \[0, 3\], got 4 at 0"),
         "rows-1": ({"cu_rows": int32([-1, 3, 5])}, r"cu_rows must be in \[0, 5\], got -1 at 0"),
         "rows-T": ({"cu_rows": int32([0, 3, 6])}, r"cu_rows must be in \[0, 5\], got 6 at 2"),
-        "rows-order": ({"cu_rows": int32([0, 5, 3])}, r"verify_lengths must be in \[1, -2\], got 2 at 1"),
-        "no-rows": ({"cu_rows": int32([0, 0, 5])}, r"verify_lengths must be in \[1, 0\], got 3 at 0"),
+        "rows-order": ({"cu_rows": int32([0, 5, 3])}, r"verify_lengths must be in \[0, -2\], got 2 at 1"),
+        "no-rows": ({"cu_rows": int32([0, 0, 5])}, r"verify_lengths must be in \[0, 0\], got 3 at 0"),
     }
 )
 def test_index_errors(cpu, changes, message):
@@ -143,7 +142,7 @@ def test_index_errors(cpu, changes, message):
 
 def test_length_that_wraps(cpu):
     changes = {"verify_lengths": int32([3, 2**31 - 1])}
-    message = r"verify_lengths must be in \[1, 2\], got 2147483647 at 1"
+    message = r"verify_lengths must be in \[0, 2\], got 2147483647 at 1"
     assert_raises(cpu, "verify_tokens", make_call(SMALL), changes, message)
 
 

@@ -14,6 +14,7 @@ from blockdraft.model.files import UnusableFile, read_json
 
 MAX_CONFIG_BYTES = 1 << 20
 MASK_PARENTS = ("previous", "anchor")
+DRAFT_HEADS = ("shared", "separate", "markov")
 DRAFT_LAYOUTS = ("extra_first_mask", "masks_after_anchor", "anchor_in_block")
 # Far above any model of this class, far below where a product of them would leave 64 bits.
 RANGES = {
@@ -28,6 +29,7 @@ RANGES = {
     "router_hidden_size": (1, 1 << 14),
     "max_position_embeddings": (1, 1 << 30),
     "block_length": (2, 32),
+    "markov_rank": (1, 1 << 14),
 }
 
 
@@ -48,6 +50,8 @@ class ZayaConfig:
         draft_layout: Which rows a draft block has; a property of the training.
         mask_parent: What a mask row follows in the convolutions: ``previous``, the mask before it, or ``anchor``, the
             last causal row for all masks of a group; a property of the training.
+        draft_head: Output matrix of the drafts: ``shared``, the LM head; ``separate``, one of their own; ``markov``,
+            that and a bias by the previous token, of rank markov_rank.
 
     Raises:
         ConfigError: A value has a wrong type, is out of range or contradicts another.
@@ -74,6 +78,8 @@ class ZayaConfig:
     block_length: int = 16
     draft_layout: str = "extra_first_mask"
     mask_parent: str = "previous"
+    draft_head: str = "shared"
+    markov_rank: int = 64
 
     def __post_init__(self) -> None:
         _check(vars(self), "ZayaConfig")
@@ -142,6 +148,10 @@ def _check(values: dict[str, Any], source: str) -> None:
         raise refusal(source, "draft_layout", f"one of {', '.join(DRAFT_LAYOUTS)}", values["draft_layout"])
     if values["mask_parent"] not in MASK_PARENTS:
         raise refusal(source, "mask_parent", f"one of {', '.join(MASK_PARENTS)}", values["mask_parent"])
+    if values["draft_layout"] == "anchor_in_block" and values["mask_parent"] != "previous":
+        raise refusal(source, "mask_parent", "'previous' with draft_layout 'anchor_in_block'", values["mask_parent"])
+    if values["draft_head"] not in DRAFT_HEADS:
+        raise refusal(source, "draft_head", f"one of {', '.join(DRAFT_HEADS)}", values["draft_head"])
 
 
 def _check_integer(source: str, name: str, value: Any, low: int, high: int) -> None:

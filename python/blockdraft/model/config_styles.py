@@ -15,6 +15,7 @@ LAYER_TYPES = ("hybrid", "hybrid_sliding")
 MAX_INTEGER = (1 << 31) - 1
 MAX_HALF_LAYERS = 1 << 11
 # Drafts are garbage with a wrong id and nothing fails, so the order is that of Zyphra's own serving code.
+DRAFT_KEYS = ("block_length", "draft_layout", "mask_parent", "draft_head", "markov_rank")
 MASK_KEYS = (
     "tidar_mask_token_id",
     "parallel_drafting_mask_token_id",
@@ -170,7 +171,7 @@ def _common(keys: Keys) -> dict[str, Any]:
         "pad_token_id": keys.get("pad_token_id"),
         "mask_token_id": mask[0] if mask else None,
     }
-    return values | {key: keys.get(key) for key in ("block_length", "draft_layout", "mask_parent") if keys.present(key)}
+    return values | {key: keys.get(key) for key in DRAFT_KEYS if keys.present(key)}
 
 
 def _native(keys: Keys) -> dict[str, Any]:

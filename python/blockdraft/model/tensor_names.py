@@ -6,6 +6,10 @@ from blockdraft.model.config import ZayaConfig
 
 RESIDUAL_SCALE = ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
 
+# The drafts' own matrices, where config.draft_head says that there are some; named as the vendor's checkpoints do.
+OUTPUT = "diffusion_output_layer.weight"
+MARKOV_IN, MARKOV_OUT = "diffusion_markov_head.w1", "diffusion_markov_head.w2"
+
 # Native to older names, below a layer's prefix; attention is half-layer 2l, MoE is 2l + 1.
 LEGACY_ATTENTION = {
     "input_layernorm.": "input_norm.",
@@ -41,7 +45,17 @@ def expected_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         leaves = _attention_shapes(config) | _moe_shapes(config, layer)
         shapes |= {f"model.layers.{layer}.{leaf}": shape for leaf, shape in leaves.items()}
-    return shapes | {"model.norm.weight": H}
+    return shapes | {"model.norm.weight": H} | _draft_head_shapes(config)
+
+
+def _draft_head_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
+    V, rank = config.vocab_size, config.markov_rank
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.draft_head != "shared":
+        shapes[OUTPUT] = (V, config.hidden_size)
+    if config.draft_head == "markov":
+        shapes |= {MARKOV_IN: (V, rank), MARKOV_OUT: (rank, V)}
+    return shapes
 
 
 def _attention_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:

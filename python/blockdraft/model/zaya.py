@@ -11,10 +11,13 @@ from torch import Tensor
 from blockdraft import ops
 from blockdraft.cache import Cache
 from blockdraft.errors import CheckpointError, ConfigError, RequestError
-from blockdraft.generate import Engine, GenerationOutput, StreamEvent
+from blockdraft.generate import Engine
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.decoder import Decoder
+from blockdraft.model.heads import Heads
 from blockdraft.model.weights import Checkpoint, resolve_folder
+from blockdraft.outputs import GenerationOutput, StreamEvent
+from blockdraft.plan import CostTable, Planner
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import Block, make_step
 
@@ -33,6 +36,8 @@ class ZayaForCausalLM:
         decoder: The layers (`blockdraft.model.decoder.Decoder`).
         tokenizer: `tokenizers.Tokenizer`, None where the checkpoint has no tokenizer.json.
         dtype, device: Of weights, activations and cache.
+        heads: The LM head, and the drafts' own where the checkpoint has one.
+        planner: Decides for requests that leave `SamplingParams.groups` open; learns from every request.
     """
 
     def __init__(
@@ -44,11 +49,14 @@ class ZayaForCausalLM:
         device: torch.device,
         kv_cache_tokens: int | None = None,
         max_batch_size: int | None = None,
+        heads: Heads | None = None,
     ) -> None:
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
+        self.heads = heads or Heads(decoder.lm_head)
         self.dtype, self.device = dtype, device
         self.max_batch_size = max_batch_size or 16
         self.kv_cache_tokens = kv_cache_tokens or self._default_cache_tokens()
+        self.planner = Planner(CostTable.load(config, dtype, device), config.block_length)
 
     @classmethod
     def from_pretrained(
@@ -89,7 +97,8 @@ class ZayaForCausalLM:
             config = config.with_mask_token_id(mask_token_id)
         with Checkpoint(folder, config) as checkpoint:
             decoder = Decoder(config, checkpoint, dtype, device, skip_expert == "identity", progress)
-        return cls(config, decoder, _load_tokenizer(folder), dtype, device, kv_cache_tokens, max_batch_size)
+            heads = Heads.read(config, checkpoint, decoder.lm_head, dtype, device)
+        return cls(config, decoder, _load_tokenizer(folder), dtype, device, kv_cache_tokens, max_batch_size, heads)
 
     def _default_cache_tokens(self) -> int:
         least = min(self.config.max_position_embeddings, 8192)

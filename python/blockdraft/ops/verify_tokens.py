@@ -15,7 +15,7 @@ def verify_tokens(
         token_ids: ``[T]``, int32, tokens of the rows.
         chosen: ``[T]``, int32; only the entries of verified rows are read.
         cu_rows: ``[B + 1]``, int32, first row of each sequence, then T.
-        verify_lengths: ``[B]``, int32, 1 + number of drafts.
+        verify_lengths: ``[B]``, int32, 1 + number of drafts; 0: a sequence without rows to keep.
         limits: ``[B]``, int32, the most rows to commit; 0 leaves the sequence untouched.
 
     Returns:

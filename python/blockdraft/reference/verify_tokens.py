@@ -8,9 +8,9 @@ def verify_tokens(
     """`blockdraft.ops.verify_tokens`, sequence by sequence."""
     results = []
     for first, length, limit in zip(cu_rows.tolist(), verify_lengths.tolist(), limits.tolist(), strict=False):
-        drafts, decided = token_ids[first + 1 : first + length], chosen[first : first + length - 1]
-        right = int((drafts == decided).long().cumprod(0).sum())
-        kept = min(right + 1, max(0, limit))
+        drafts = range(first + 1, first + length)
+        right = int((token_ids[list(drafts)] == chosen[[r - 1 for r in drafts]]).long().cumprod(0).sum())
+        kept = min(right + 1, max(0, limit), length)
         last = first + kept - 1 if kept else -1
         results.append((right, kept, last, int(chosen[last]) if kept else -1))
     columns = torch.tensor(results, dtype=torch.int32).reshape(-1, 4)

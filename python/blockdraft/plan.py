@@ -1,0 +1,288 @@
+"""What the next forward of each sequence is: plain decoding, or a block to verify with how many mask groups beside it.
+
+The planner compares options by predicted tokens per second: tokens from the acceptance that this request and the ones
+before it have shown, seconds from a table of measured forwards (`blockdraft calibrate`). A table decides, never a clock
+in the loop, so that a run can be repeated.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockdraft.errors import RequestError
+from blockdraft.model.config import ZayaConfig
+
+MAX_BLOCK = 32
+# Where nothing is known: half of the drafts hold, which four verified ones outweigh.
+PRIOR_RATE, PRIOR_WEIGHT = 0.5, 4.0
+# A request trusts its own verifications over the model's after about as many.
+REQUEST_WEIGHT = 8.0
+# Predicted time that may be lost to drafts beyond what they saved: a share of all time, and a start.
+LOSS_SHARE, FIRST_LOSSES = 0.02, 3.0
+REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sequence's share of a forward.
+
+    Attributes:
+        rows: Causal rows: the anchor and the drafts to verify.
+        levels: Accept lengths that get a mask group.
+        reason: In words.
+    """
+
+    rows: int = 1
+    levels: tuple[int, ...] = ()
+    reason: str = "pinned"
+
+    @property
+    def name(self) -> str:
+        if self.rows == 1:
+            return "draft" if self.levels else "ar"
+        return f"verify+{len(self.levels)}" if self.levels else "verify"
+
+
+@cache
+def spread_levels(groups: int, block_length: int) -> tuple[int, ...]:
+    """Accept lengths for `groups` groups: all accepted first, then none, then the ones between, denser at the low end.
+
+    Acceptance has two peaks, at the ends (measured by the vendor: P(0) 27%, P(all) 28%, some 5% each between).
+    """
+    last = block_length - 1
+    if groups > last:
+        return tuple(range(block_length))
+    if groups <= 1:
+        return (last,) * groups
+    levels = {round(last * (i / (groups - 1)) ** 1.5) for i in range(groups)}
+    spare = (level for level in range(block_length) if level not in levels)
+    while len(levels) < groups:
+        levels.add(next(spare))
+    return tuple(sorted(levels))
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Milliseconds of a forward by its rows, and per further sequence in it.
+
+    Attributes:
+        rows, ms: Measured points, rows ascending; straight lines between and beyond.
+        sequence_ms: Added by each sequence but the first.
+        source: Where it is from.
+    """
+
+    rows: tuple[int, ...]
+    ms: tuple[float, ...]
+    sequence_ms: float = 0.0
+    source: str = "modelled"
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.rows, self.rows[1:], strict=False))
+        if len(self.rows) < 2 or len(self.rows) != len(self.ms) or not ascending or min(self.ms) <= 0:
+            raise RequestError(f"cost table: wanted ascending rows and positive ms, two at least, got {self}")
+
+    def time(self, rows: float, sequences: float) -> float:
+        """Predicted milliseconds of a forward."""
+        i = 1
+        while i < len(self.rows) - 1 and self.rows[i] < rows:
+            i += 1
+        (r0, r1), (t0, t1) = self.rows[i - 1 : i + 1], self.ms[i - 1 : i + 1]
+        return t0 + (rows - r0) * max(0.0, t1 - t0) / (r1 - r0) + max(0.0, sequences - 1) * self.sequence_ms
+
+    @classmethod
+    def modelled(cls, config: ZayaConfig, itemsize: int) -> "CostTable":
+        """Bytes and FLOPs of a forward at 40 GB/s and 200 GFLOPS, a small server CPU, and 1 ms for each.
+
+        n rows touch E (1 - (1 - 1/E)^n) of a layer's E experts where routing is even.
+        """
+        c, E = config, config.num_experts
+        expert = 3 * c.hidden_size * c.moe_intermediate_size
+        query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        layer = c.hidden_size * (2 * query + 2 * key) + c.router_hidden_size * (
+            c.hidden_size + 2 * c.router_hidden_size
+        )
+        head = c.vocab_size * c.hidden_size
+        rows = (1, 2, 4, 8, 16, 17, 32, 64, 128, 272, 512)
+        ms = []
+        for n in rows:
+            distinct = E * (1 - (1 - 1 / E) ** n)
+            bytes_ = itemsize * (c.num_hidden_layers * (layer + distinct * expert) + head)
+            flops = 2 * n * (c.num_hidden_layers * (layer + expert) + head)
+            ms.append(1 + 1e3 * max(bytes_ / 40e9, flops / 200e9))
+        return cls(rows, tuple(ms))
+
+    @classmethod
+    def load(cls, config: ZayaConfig, dtype: torch.dtype, device: torch.device) -> "CostTable":
+        """The table that `blockdraft calibrate` left for this model on this machine, otherwise a modelled one."""
+        path = table_path(config, dtype, device)
+        try:
+            data = json.loads(path.read_text())
+            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], str(path))
+        except FileNotFoundError:
+            return cls.modelled(config, dtype.itemsize)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{path}: not a cost table ({error}); run `blockdraft calibrate` again") from error
+
+    def save(self, path: Path, **facts: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**asdict(self), "source": "measured", **facts}, indent=1) + "\n")
+
+
+def table_path(config: ZayaConfig, dtype: torch.dtype, device: torch.device) -> Path:
+    """Below $BLOCKDRAFT_COSTS, or the user's cache folder: one file per model shape, dtype, device and thread count."""
+    where = os.environ.get("BLOCKDRAFT_COSTS")
+    folder = Path(where) if where else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blockdraft"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    shape = {**asdict(config), "mask_token_id": None}
+    key = json.dumps([shape, str(dtype), name, torch.get_num_threads()], sort_keys=True, default=str)
+    return folder / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "flags"))]
+    return " ".join(fields[:2])
+
+
+@dataclass
+class Acceptance:
+    """How often the j-th draft holds where all before it do.
+
+    Attributes:
+        tested, passed: Counts for j = 1..31.
+    """
+
+    tested: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
+    passed: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
+
+    def count(self, drafted: int, accepted: int) -> None:
+        for j in range(1, min(accepted + 1, drafted) + 1):
+            self.tested[j] += 1
+            self.passed[j] += j <= accepted
+
+    def rates(self, prior: Sequence[float], weight: float) -> list[float]:
+        return [
+            (passed + weight * p) / (tested + weight)
+            for passed, tested, p in zip(self.passed, self.tested, prior, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to go on for long: tokens and rows per forward."""
+
+    rows: int
+    levels: tuple[int, ...]
+    tokens: float
+    mean_rows: float
+
+
+class Planner:
+    """Plans for the sequences of one model; what it learns from one request is the next one's prior.
+
+    Args:
+        costs: Forward times.
+        block_length: Rows of a block by the checkpoint.
+    """
+
+    def __init__(self, costs: CostTable, block_length: int) -> None:
+        self.costs, self.block_length = costs, block_length
+        self.seen: dict[str, Acceptance] = {}  # by kind of drafter
+        self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
+        self.spent = 0.0  # predicted ms of all decoding
+        self.trials = 0
+
+    def rates(self, drafter: str, own: Acceptance) -> list[float]:
+        shared = self.seen.setdefault(drafter, Acceptance())
+        prior = shared.rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
+        return own.rates(prior, REQUEST_WEIGHT)
+
+    def count(self, drafter: str, own: Acceptance, drafted: int, accepted: int) -> None:
+        own.count(drafted, accepted)
+        self.seen.setdefault(drafter, Acceptance()).count(drafted, accepted)
+
+    def account(self, rows: int, sequences: int, tokens: int, drafting: bool) -> None:
+        """Books a decode forward: what it took and what plain decoding would have taken for its tokens."""
+        took = self.costs.time(rows, sequences)
+        plain = tokens * self.costs.time(sequences, sequences) / sequences
+        self.spent += took
+        if drafting:
+            self.lost = max(self.lost + took - plain, -took)
+
+    @property
+    def may_try(self) -> bool:
+        """Whether drafts may be tried against the prediction: losses stay a small share of all time."""
+        step = self.costs.time(1, 1)
+        return self.lost <= max(LOSS_SHARE * self.spent, FIRST_LOSSES * step)
+
+    def options(self, rates: Sequence[float], masks: int, block_length: int, free: bool) -> list[Option]:
+        """Plain decoding, and blocks with 0, 1, 3 and all groups.
+
+        Args:
+            rates: See `Acceptance`.
+            masks: Rows of a mask group; 0 where drafts come from elsewhere.
+            block_length: Rows of a block.
+            free: Drafts need no forward of their own.
+        """
+        found = [Option(1, (), 1.0, 1.0)]
+        for rows in sorted({min(4, block_length), min(8, block_length), block_length}):
+            exactly = accept_lengths(rates, rows)
+            accepted = sum(i * p for i, p in enumerate(exactly))
+            if free:
+                found.append(Option(rows, (), 1 + accepted, rows))
+                continue
+            best = sorted(range(rows), key=lambda i: -exactly[i])
+            for groups in sorted({0, 1, 3, rows}):
+                levels = tuple(sorted(best[:groups]))
+                miss = 1 - sum(exactly[i] for i in levels)
+                forwards = 1 + miss
+                drafting = miss * (1 + masks)
+                found.append(
+                    Option(
+                        rows,
+                        levels,
+                        (1 + accepted + miss) / forwards,
+                        (rows + groups * masks + drafting) / forwards,
+                    )
+                )
+        return found
+
+    def choose(self, choices: list[list[Option]]) -> list[Option]:
+        """One option per sequence, for the highest predicted tokens per second of the batch.
+
+        All alike first; then each sequence may leave for the option that gains most at the going price of a row.
+        """
+        n = len(choices)
+
+        def rate(picked: list[Option]) -> float:
+            return sum(o.tokens for o in picked) / self.costs.time(sum(o.mean_rows for o in picked), n)
+
+        alike = [[options[min(i, len(options) - 1)] for options in choices] for i in range(max(map(len, choices)))]
+        best = max(alike, key=rate)
+        if n == 1:
+            return best
+        value, rows = rate(best), sum(o.mean_rows for o in best)
+        price = value * (self.costs.time(rows + 8, n) - self.costs.time(rows, n)) / 8
+        each = [max(options, key=lambda o: o.tokens - price * o.mean_rows) for options in choices]
+        return each if rate(each) > value else best
+
+
+def accept_lengths(rates: Sequence[float], rows: int) -> list[float]:
+    """P(a = i), i = 0..rows - 1, for a block of `rows` rows."""
+    out, reached = [], 1.0
+    for i in range(1, rows):
+        out.append(reached * (1 - rates[i]))
+        reached *= rates[i]
+    return [*out, reached]

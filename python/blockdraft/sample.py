@@ -1,0 +1,129 @@
+"""A sample in flight, and its share of a forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from blockdraft.cache import CachedSequence
+from blockdraft.decide import Decided
+from blockdraft.denoise import Canvas
+from blockdraft.ngram import NgramDrafter
+from blockdraft.outputs import GenerationStats
+from blockdraft.plan import Acceptance, Option, Plan
+from blockdraft.processors import Processors, TokenCounts
+from blockdraft.sampler import SamplingParams
+from blockdraft.steps import VERIFY, Block, Group
+from blockdraft.text import TextStream
+
+
+class Sample:
+    """A sample in flight: its tokens, its drafts, its place in the cache."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request: int,
+        index: int,
+        tokenizer: Tokenizer | None,
+        processors: Processors,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self.prompt, self.params, self.request, self.index = prompt, params, request, index
+        self.processors, self.end_token_ids = processors, end_token_ids
+        self.text = TextStream(tokenizer, params.stop_strings)
+        self.tokens: list[int] = []  # decided; the last one is the anchor, not yet in the cache
+        self.decided = Decided()  # what is known of them
+        self.drafts: list[int] = []
+        self.draft_states: Tensor | None = None  # hidden states that they were drawn from
+        self.canvas = Canvas()
+        self.cached: CachedSequence | None = None
+        self.stats = GenerationStats()
+        self.finish_reason: str | None = None
+        self.started = 0.0
+        self.acceptance = Acceptance()
+        self.option: Option | None = None
+        self.counts = TokenCounts(prompt) if self.processors.active else None
+        self.ngram = NgramDrafter() if params.drafts and params.drafter == "ngram" else None
+        if self.ngram is not None:
+            self.ngram.extend(prompt)
+
+    @property
+    def remaining(self) -> int:
+        return self.params.max_tokens - len(self.tokens)
+
+    @property
+    def known(self) -> list[int]:
+        """Prompt and decided tokens."""
+        return self.prompt + self.tokens
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def last(self) -> int:
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
+
+    @property
+    def drafter_kind(self) -> str:
+        return self.params.drafter if isinstance(self.params.drafter, str) else "callable"
+
+    def append(self, token: int) -> str:
+        """Takes a decided token; returns the text that became final."""
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.extend([token])
+        if self.ngram is not None:
+            self.ngram.extend([token])
+        return self.text.append(token)
+
+    def process(self, logits: Tensor, drafts: Sequence[int]) -> int:
+        """Logits ``[n, V]`` in place, of which row i comes after the known tokens and drafts[:i]; returns rows done."""
+        if self.counts is None:
+            return len(logits)
+        return self.processors.apply_block(logits, self.counts, drafts, self.end_token_ids)
+
+
+@dataclass
+class Part:
+    """A sample's share of one forward."""
+
+    sample: Sample
+    kind: str
+    block: Block
+    forced: int  # causal rows known to be right: their successors are not decided here
+    plan: Plan
+    first: int = 0  # its first row
+
+    @property
+    def causal(self) -> int:
+        return len(self.block.token_ids)
+
+    @property
+    def drafts(self) -> list[int]:
+        return self.block.token_ids[1:] if self.kind == VERIFY else []
+
+    def group_rows(self, group: Group) -> range:
+        at = self.first + self.causal
+        for other in self.block.groups:
+            if other is group:
+                return range(at, at + len(group.token_ids))
+            at += len(other.token_ids)
+        raise KeyError(group)
+
+    def draft_rows(self, committed: int) -> tuple[range, int]:
+        """Rows that draft what follows the next anchor once `committed` rows hold, and the first position they are for.
+
+        They are of the group with the longest accept length that holds. Empty where there is none, or it ends too soon.
+        """
+        anchor = self.block.length + committed
+        fitting = [group for group in self.block.groups if group.after < max(committed, 0)]
+        if not fitting:
+            return range(0), anchor + 1
+        group = max(fitting, key=lambda group: group.after)
+        rows = self.group_rows(group)
+        start = self.block.length + group.after + 1 + group.skip  # position of the group's first row
+        return rows[max(0, anchor + 1 - start) :], anchor + 1
