@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import blockdraft
-from blockdraft import bench, demo, info, roofline
+from blockdraft import bench, demo, info, passk, roofline
 from blockdraft.errors import BlockdraftError
 from blockdraft.live import make_view
 
@@ -108,6 +108,10 @@ def run_bench(args: argparse.Namespace) -> int:
     return bench.main(args) or 0
 
 
+def run_passk(args: argparse.Namespace) -> int:
+    return passk.main(args, load)
+
+
 def threads(text: str) -> int:
     count = int(text)
     if count < 1:
@@ -163,6 +167,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("roofline", help="compute what a step must at least cost, and where drafting pays")
     roofline.add_arguments(command)
     command.set_defaults(run=roofline.main)
+
+    command = commands.add_parser("passk", help="pass@k under a check of your own, for plain decoding beside others")
+    add_model_arguments(command)
+    passk.add_arguments(command)
+    command.set_defaults(run=run_passk)
     return parser
 
 
