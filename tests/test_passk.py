@@ -615,6 +615,7 @@ def test_fails_where_lossless_differs(capsys, monkeypatch, options):
     assert "lossless differs from plain decoding" in err
     assert re.search(r"lossless against ar: 5 of 6 texts identical; pass@1 [+-]0.\d{3} \[.*\], pass@2 [+-]0", printed)
     assert run(capsys, *options, "--sampler", "ar,lossless:temperature=0.9")[0] == 0  # promised for equal laws only
+    assert run(capsys, *options, "--sampler", "ar,lossless:groups=1:block_length=4")[0] == 1  # and whatever is drafted
 
 
 @pytest.mark.parametrize(

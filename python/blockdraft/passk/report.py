@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from blockdraft.passk.evaluation import SamplerResult
 
 SAME_TOKENS = ("ar", "lossless")  # samplers that promise the same tokens for the same parameters ...
-DRAFTING = ("drafter", "block_length")  # ... but for these
+DRAFTING = ("drafter", "block_length", "groups")  # ... but for these
 
 
 @dataclass(frozen=True)
