@@ -76,6 +76,11 @@ def test_record_says_what_the_step_did(made):
     assert records[-1]["outputs"][0]["stats"]["tokens_per_forward"] == events[-1].output.stats.tokens_per_forward
 
 
+def test_the_header_names_a_seed_that_was_drawn(model):
+    header, *_, summary = trace.trace(model, PROMPT, SamplingParams(max_tokens=2))
+    assert header["parameters"]["seed"] == summary["outputs"][0]["seed"]
+
+
 def test_a_character_of_several_tokens_is_the_text_of_the_last(model):
     """Also where it begins in one step and ends in the next, and in drafts after it."""
     before, ids = (model.tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "é漢🙂b"))
@@ -232,7 +237,7 @@ document.getElementById = (id) => (ids[id] ??= new Node());
 const press = (key) => document.heard.keydown({ key, target: { tagName: "BODY" }, preventDefault() {} });
 const frame = () => ({
   text: ids.text.children.map((span) => [span.className, span.textContent]),
-  bars: ids.steps.children.filter((bar) => bar.marks.has("past")).length,
+  marks: [ids.steps, ids.line].map((chart) => chart.children.map((part) => [...part.marks].sort().join(" "))),
   rows: ids.tokens.children.map((row) => row.children.map((cell) => cell.textContent)),
 });
 """
@@ -286,7 +291,8 @@ def test_page_plays_the_steps(request, tmp_path, which):
     assert len(shown["frames"]) == len(steps) + 1
     for count, frame in enumerate(shown["frames"]):
         assert frame["text"] == expected_frame(records, count)
-        assert frame["bars"] == count
+        marks = ["past"] * (count - 1) + ["now past"] * (count > 0) + [""] * (len(steps) - count)
+        assert frame["marks"] == [marks, marks]
     assert shown["back"] == shown["frames"][-2]
     assert shown["playing"] == ["pause", shown["frames"][1]]
     assert shown["paused"] == "play"
@@ -504,16 +510,18 @@ def test_command_writes_files_and_plays_them(capsys, tmp_path):
 
 
 def test_an_interrupted_generation_leaves_its_records(monkeypatch, tmp_path, capsys):
-    stream, path = ZayaForCausalLM.stream, tmp_path / "a.jsonl"
+    stream, path, written = ZayaForCausalLM.stream, tmp_path / "a.jsonl", []
 
     def interrupted(model, prompts, params):
         for i, event in enumerate(stream(model, prompts, params)):
             if i == 3:
+                written.append(path.read_text().count("\n"))
                 raise KeyboardInterrupt
             yield event
 
     monkeypatch.setattr(ZayaForCausalLM, "stream", interrupted)
     run(capsys, *generate("--out", path), status=130)
+    assert written == [4], "each record at once, in case nothing can be done any more"
     assert [json.loads(line)["record"] for line in path.read_text().splitlines()] == ["header", "step", "step", "step"]
     assert "a.jsonl:5: the trace ends here" in run(capsys, "--play", path, status=2).err
 

@@ -66,7 +66,7 @@ def stream_to(
                 streamer.put(torch.tensor(event.token_ids))
             if event.provisional and put_draft is not None:
                 put_draft(torch.tensor(event.provisional))
-            output = event.output or output
+            output = event.output  # of the last
     finally:
         streamer.end()
     return output
