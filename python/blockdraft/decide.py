@@ -258,15 +258,18 @@ def uniforms(seeds: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
 def _draft_by_logits(heads: "Heads", ask: Ask, states: Tensor) -> Decided:
     """Drafts one row after the other, since a Markov head wants the token before; processors see the known text."""
     tokens: list[int] = []
+    logprobs: list[float] = []
     columns = columns_of([ask], states.device)
     base = heads.base_draft_logits(states)
     for i in range(len(states)):
         previous = tokens[-1] if tokens else ask.sample.last
         logits = heads.add_markov(base[i : i + 1].clone(), [previous], [ask.position + i])
+        plain = logits.log_softmax(-1)
         ask.sample.process(logits, ())
         token, _ = ops.choose_tokens(logits.contiguous(), *[column[i : i + 1] for column in columns])
         tokens.append(int(token))
-    return Decided(tokens, [0.0] * len(tokens))
+        logprobs.append(float(plain[0, tokens[-1]]))
+    return Decided(tokens, logprobs)
 
 
 def _report(ask: Ask, plain: Tensor, tokens: Tensor, drawn: Tensor) -> Decided:

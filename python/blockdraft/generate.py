@@ -16,7 +16,7 @@ rows are plain causal rows with the same bits and the noise of a position does n
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,16 +28,14 @@ from blockdraft.cache import Cache
 from blockdraft.decide import Ask, Decided, decide, measure_mixing
 from blockdraft.errors import ConfigError, RequestError
 from blockdraft.outputs import GenerationOutput, StreamEvent
-from blockdraft.plan import REPLAN_STEPS, Plan, Planner, spread_levels
 from blockdraft.processors import Processors
 from blockdraft.sample import Part, Sample
 from blockdraft.sampler import SamplingParams
-from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group, Step, make_step
+from blockdraft.schedule import Scheduler
+from blockdraft.steps import AR, DRAFT, PREFILL, VERIFY, Step, make_step
 
 if TYPE_CHECKING:
     from blockdraft.model.zaya import ZayaForCausalLM
-
-PREFILL_ROWS = 512  # prompt rows of one forward, over all sequences
 
 
 class Engine:
@@ -49,12 +47,8 @@ class Engine:
 
     def __init__(self, model: "ZayaForCausalLM") -> None:
         self.model, self.config = model, model.config
-        self.context = min(model.config.max_position_embeddings, model.kv_cache_tokens)
-        self.steps = 0
-
-    @property
-    def planner(self) -> Planner:
-        return self.model.planner
+        self.scheduler = Scheduler(model)
+        self.context = self.scheduler.context
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[StreamEvent]:
         """Checks everything, then decodes; events come as forwards end."""
@@ -124,149 +118,11 @@ class Engine:
                 sample = waiting.popleft()
                 sample.cached = cache.allocate(self._room(sample))
                 active.append(sample)
-                self.steps = 0  # plans for the new batch
+                self.scheduler.new_batch()
             yield from self._step(cache, active)
             for sample in [s for s in active if s.finish_reason]:
                 cache.release(sample.cached)
                 active.remove(sample)
-
-    # What each sample does in a forward
-
-    def block_length(self, sample: Sample) -> int:
-        return sample.params.block_length or self.config.block_length
-
-    def _left(self, sample: Sample) -> int:
-        """Tokens still to decide, by max_tokens and by room."""
-        return min(sample.remaining, self.context - sample.length)
-
-    def _uses_masks(self, sample: Sample) -> bool:
-        return sample.params.drafts and sample.params.drafter == "mask"
-
-    def _replan(self, active: list[Sample]) -> None:
-        samples = [s for s in active if s.params.drafts and s.params.groups is None]
-        if not samples or self.steps % REPLAN_STEPS:
-            return
-        choices = []
-        for s in samples:
-            masks = self.block_length(s) if self._uses_masks(s) else 0
-            rates = self.planner.rates(s.drafter_kind, s.acceptance)
-            options = self.planner.options(rates, masks, self.block_length(s), masks == 0)
-            fixed = self.config.draft_layout == "anchor_in_block" and masks
-            choices.append([o for o in options if not (fixed and o.levels)])
-        for sample, option in zip(samples, self.planner.choose(choices), strict=True):
-            sample.option = option
-
-    def _plan(self, sample: Sample, drafts: int) -> Plan:
-        """For a sample with an anchor and `drafts` drafts."""
-        masks = self._uses_masks(sample) and self._left(sample) > 2  # a draft is for the token after the next
-        if not sample.params.drafts:
-            return Plan()
-        if sample.params.groups is not None:
-            return self._pinned(sample, drafts, masks)
-        option = sample.option
-        if option.rows > 1:
-            rows = min(drafts + 1, option.rows)
-            reason = f"{option.tokens:.2f} tokens expected of a forward of {option.mean_rows:.0f} rows"
-            levels = self._useful(sample, option.levels, rows) if drafts else (0,)
-            return Plan(rows, levels if masks else (), reason)
-        if not self.planner.may_try:
-            return Plan(reason="drafts are not expected to pay")
-        rows = min(drafts + 1, 8)
-        return Plan(rows, (0,) if masks and rows == 1 else (), "a trial: whether drafts pay is not known well")
-
-    def _pinned(self, sample: Sample, drafts: int, masks: bool) -> Plan:
-        if not drafts:
-            return Plan(1, (0,) if masks else ())
-        groups = sample.params.groups
-        levels = spread_levels(groups, self.block_length(sample)) if isinstance(groups, int) else tuple(groups)
-        return Plan(drafts + 1, self._useful(sample, levels, drafts + 1) if masks else ())
-
-    def _useful(self, sample: Sample, levels: Sequence[int], rows: int) -> tuple[int, ...]:
-        """Accept lengths that can be reached and leave room for a draft."""
-        return tuple(level for level in sorted(levels) if level < min(rows, self._left(sample) - 2))
-
-    def _wants_drafts(self, sample: Sample) -> bool:
-        """Whether the end of the prompt carries a mask group."""
-        wanted = self._uses_masks(sample) and self._left(sample) > 2 and self.config.draft_layout != "anchor_in_block"
-        auto = sample.params.groups is None
-        return wanted and (not auto or sample.option.rows > 1 or self.planner.may_try)
-
-    def _group(self, sample: Sample, after: int) -> Group:
-        B, mask, layout = self.block_length(sample), self.config.mask_token_id, self.config.draft_layout
-        if layout == "masks_after_anchor":
-            return Group(after, [mask] * (B - 1), skip=1)
-        return Group(after, [mask] * B)
-
-    def _part(self, sample: Sample, prefill_rows: int) -> Part | None:
-        """What a sample does in this forward; None where prompt rows are used up."""
-        if sample.cached.length < len(sample.prompt):
-            return self._prefill(sample, prefill_rows)
-        if sample.params.sampler == "denoise":
-            return self._denoise(sample, sample.known[sample.cached.length :])
-        return self._decode(sample)
-
-    def _prefill(self, sample: Sample, prefill_rows: int) -> Part | None:
-        cached, prompt = sample.cached, sample.prompt
-        rows = min(prefill_rows, len(prompt) - cached.length)
-        if rows == 0:
-            return None
-        tokens, last = prompt[cached.length : cached.length + rows], cached.length + rows == len(prompt)
-        if last and sample.params.sampler == "denoise":
-            return self._denoise(sample, tokens, PREFILL)
-        groups = [self._group(sample, rows - 1)] if last and self._wants_drafts(sample) else []
-        block = Block(cached.length, cached.slot, cached.pages, tokens, groups)
-        return Part(sample, PREFILL, block, rows - 1 if last else rows, Plan(rows, reason="prompt"))
-
-    def _denoise(self, sample: Sample, tokens: list[int], kind: str = DENOISE) -> Part:
-        """Commits tokens that are decided, and looks at the block that comes after them."""
-        cached = sample.cached
-        length = min(self.block_length(sample), self._left(sample))
-        canvas = sample.canvas.row_tokens(length, self.config.mask_token_id)
-        block = Block(cached.length, cached.slot, cached.pages, tokens, [Group(len(tokens) - 1, canvas)])
-        return Part(sample, kind, block, len(tokens), Plan(len(canvas), reason="denoising"))
-
-    def _decode(self, sample: Sample) -> Part:
-        self._ask_drafter(sample)
-        cached, left = sample.cached, self._left(sample)
-        sample.drafts = sample.drafts[: left - 1]
-        plan = self._plan(sample, len(sample.drafts))
-        drafts = sample.drafts[: plan.rows - 1]
-        anchor = sample.tokens[-1]
-        if not drafts and plan.levels and self.config.draft_layout == "anchor_in_block":
-            mask = [self.config.mask_token_id] * (self.block_length(sample) - 1)
-            block = Block(cached.length, cached.slot, cached.pages, [], [Group(-1, [anchor, *mask])])
-            return Part(sample, DRAFT, block, 0, plan)
-        groups = [self._group(sample, level) for level in plan.levels]
-        kind = VERIFY if drafts else DRAFT if groups else AR
-        return Part(sample, kind, Block(cached.length, cached.slot, cached.pages, [anchor, *drafts], groups), 0, plan)
-
-    def _ask_drafter(self, sample: Sample) -> None:
-        params, count = sample.params, min(self.block_length(sample), self._left(sample)) - 1
-        if not params.drafts or params.drafter == "mask" or count < 1:
-            return
-        sample.drafts = []
-        if params.groups is None and sample.option.rows == 1 and not self.planner.may_try:
-            return
-        found = params.drafter(sample.known, count) if callable(params.drafter) else sample.ngram.draft(count)
-        drafts = [int(token) for token in found][:count]
-        for token in drafts:
-            if not 0 <= token < self.config.vocab_size:
-                raise RequestError(f"drafter must return token ids in [0, {self.config.vocab_size - 1}], got {token}")
-        sample.drafts = drafts
-
-    def _parts(self, active: list[Sample]) -> list[Part]:
-        self._replan(active)
-        parts, prefill_rows, first = [], PREFILL_ROWS, 0
-        for sample in active:
-            part = self._part(sample, prefill_rows)
-            if part is None:
-                continue
-            part.first = first
-            first += part.block.rows
-            prefill_rows -= part.causal if part.kind == PREFILL else 0
-            parts.append(part)
-        self.steps += 1
-        return parts
 
     # The forward and what it decides
 
@@ -307,12 +163,12 @@ class Engine:
     def _limit(self, part: Part, decided: Decided | None) -> int:
         if decided is None or part.kind == PREFILL:
             return part.causal
-        return min(len(decided.tokens), self._left(part.sample))
+        return min(len(decided.tokens), self.scheduler.left(part.sample))
 
     @torch.inference_mode()
     def _step(self, cache: Cache, active: list[Sample]) -> list[StreamEvent]:
         started = time.perf_counter()
-        parts = self._parts(active)
+        parts = self.scheduler.parts(active)
         step = make_step([part.block for part in parts], cache.page_size, self.config.mask_parent)
         step = step.to(self.model.device)
         transaction = cache.begin(step, [part.sample.cached for part in parts])
@@ -384,7 +240,7 @@ class Engine:
         late = []
         for part, own, n in zip(parts, decided, committed, strict=True):
             sample = part.sample
-            sample.drafts, sample.draft_states = [], None
+            sample.drafts, sample.draft_logprobs, sample.draft_states = [], [], None
             if sample.finish_reason or not part.block.groups or sample.params.sampler == "denoise":
                 continue
             ask = self._draft_ask(part, n)
@@ -400,7 +256,7 @@ class Engine:
 
     def _keep(self, ask: Ask, drafts: Decided, hidden_states: Tensor) -> None:
         params = ask.params
-        ask.sample.drafts = drafts.tokens
+        ask.sample.drafts, ask.sample.draft_logprobs = drafts.tokens, drafts.logprobs
         if params.rejects or (params.mix > 0 and params.mix_source == "draft"):
             ask.sample.draft_states = hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
 
@@ -444,14 +300,14 @@ class Engine:
         stats.plan_reason = part.plan.reason
         if part.kind == VERIFY:
             stats.count_verified(part.causal - 1, accepted)
-            self.planner.count(part.sample.drafter_kind, part.sample.acceptance, part.causal - 1, accepted)
+            self.model.planner.count(part.sample.drafter_kind, part.sample.acceptance, part.causal - 1, accepted)
 
     def _account(self, parts: list[Part], taken: list[tuple[str, tuple[int, ...], int]]) -> None:
         """Tells the planner what a decode forward brought; forwards with prompts in them say nothing about drafts."""
         if all(part.kind in (AR, DRAFT, VERIFY) for part in parts):
             tokens = sum(len(new) for _, new, _ in taken)
             drafting = any(part.kind != AR for part in parts)
-            self.planner.account(sum(part.block.rows for part in parts), len(parts), tokens, drafting)
+            self.model.planner.account(sum(part.block.rows for part in parts), len(parts), tokens, drafting)
 
     def _event(
         self, part: Part, text: str, new: tuple[int, ...], accepted: int, started: float, seconds: float
@@ -472,6 +328,7 @@ class Engine:
             output=self._output(sample) if sample.finish_reason else None,
             plan=(part.causal, part.plan.levels),
             logprobs=tuple(sample.decided.logprobs[len(sample.decided.logprobs) - len(new) :]),
+            draft_logprobs=part.draft_logprobs,
             seconds=seconds,
         )
 

@@ -117,6 +117,7 @@ class StreamEvent:
         plan: What the forward was for this sample: rows it verified or decoded, and the accept lengths that a mask
             group was prepared for.
         logprobs: Plain log-probabilities of token_ids, as the kernel gave them.
+        draft_logprobs: Of `drafted` under the plain law of the mask rows that drew them; empty for other drafters.
         seconds: Duration of the forward, which all samples of the batch share.
         finish_reason, output: Of the sample's last event.
     """
@@ -133,4 +134,5 @@ class StreamEvent:
     output: GenerationOutput | None = None
     plan: tuple[int, tuple[int, ...]] = (1, ())
     logprobs: tuple[float, ...] = ()
+    draft_logprobs: tuple[float, ...] = ()
     seconds: float = 0.0

@@ -76,12 +76,14 @@ class CostTable:
     Attributes:
         rows, ms: Measured points, rows ascending; straight lines between and beyond.
         sequence_ms: Added by each sequence but the first.
+        late_ms: Added where drafts are chosen after verification, from a mask group beside the verified rows.
         source: Where it is from.
     """
 
     rows: tuple[int, ...]
     ms: tuple[float, ...]
     sequence_ms: float = 0.0
+    late_ms: float = 0.0
     source: str = "modelled"
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ class CostTable:
         path = table_path(config, dtype, device)
         try:
             data = json.loads(path.read_text())
-            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], str(path))
+            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], data["late_ms"], str(path))
         except FileNotFoundError:
             return cls.modelled(config, dtype.itemsize)
         except (ValueError, KeyError, TypeError) as error:
@@ -181,12 +183,13 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Option:
-    """A way to go on for long: tokens and rows per forward."""
+    """A way to go on for long: tokens and rows per forward, and the share of forwards with groups to choose from."""
 
     rows: int
     levels: tuple[int, ...]
     tokens: float
     mean_rows: float
+    late: float = 0.0
 
 
 class Planner:
@@ -255,6 +258,7 @@ class Planner:
                         levels,
                         (1 + accepted + miss) / forwards,
                         (rows + groups * masks + drafting) / forwards,
+                        1 / forwards if groups else 0.0,
                     )
                 )
         return found
@@ -267,7 +271,8 @@ class Planner:
         n = len(choices)
 
         def rate(picked: list[Option]) -> float:
-            return sum(o.tokens for o in picked) / self.costs.time(sum(o.mean_rows for o in picked), n)
+            late = max(o.late for o in picked) * self.costs.late_ms
+            return sum(o.tokens for o in picked) / (self.costs.time(sum(o.mean_rows for o in picked), n) + late)
 
         alike = [[options[min(i, len(options) - 1)] for options in choices] for i in range(max(map(len, choices)))]
         best = max(alike, key=rate)

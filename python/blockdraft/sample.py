@@ -37,6 +37,7 @@ class Sample:
         self.tokens: list[int] = []  # decided; the last one is the anchor, not yet in the cache
         self.decided = Decided()  # what is known of them
         self.drafts: list[int] = []
+        self.draft_logprobs: list[float] = []  # of those, where mask rows drew them
         self.draft_states: Tensor | None = None  # hidden states that they were drawn from
         self.canvas = Canvas()
         self.cached: CachedSequence | None = None
@@ -97,6 +98,7 @@ class Part:
     forced: int  # causal rows known to be right: their successors are not decided here
     plan: Plan
     first: int = 0  # its first row
+    draft_logprobs: tuple[float, ...] = ()  # of the drafts it verifies
 
     @property
     def causal(self) -> int:

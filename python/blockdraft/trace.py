@@ -110,8 +110,7 @@ class Recorder:
         emitted = self._tokens(context, event.token_ids)
         context[:] = [*context, *event.token_ids][-_CONTEXT:]
         logprobs = _plain(event.logprobs) or [None] * len(emitted)
-        held = [math.exp(x) if x is not None else None for x in logprobs[: event.accepted]]
-        held += [None] * (len(drafted) - len(held))  # the model was not asked what it thought of a rejected draft
+        guessed = _plain(event.draft_logprobs) or [None] * len(drafted)
         if event.output:
             self.outputs.append(event.output)
         self.steps += 1
@@ -121,7 +120,7 @@ class Recorder:
             "request": event.request,
             "sample": event.sample,
             "kind": event.kind,
-            "drafted": [{**token, "probability": p} for token, p in zip(drafted, held, strict=True)],
+            "drafted": [{**token, "logprob": x} for token, x in zip(drafted, guessed, strict=True)],
             "accepted": event.accepted,
             "emitted": [{**token, "logprob": x} for token, x in zip(emitted, logprobs, strict=True)],
             "rejected": drafted[event.accepted :],
@@ -176,7 +175,7 @@ _STEP = {
     "request": int,
     "sample": int,
     "kind": str,
-    "drafted": [_TOKEN | {"probability": _NUMBER | None}],
+    "drafted": [_TOKEN | {"logprob": _NUMBER | None}],
     "accepted": int,
     "emitted": [_TOKEN | {"logprob": _NUMBER | None}],
     "rejected": [_TOKEN],
@@ -359,6 +358,7 @@ def _recorded(tokens: Sequence[Record]) -> tuple[RecordedToken, ...]:
 def as_event(record: Record, output: GenerationOutput | None = None) -> StreamEvent:
     """The event that a step was made from; its tokens are `RecordedToken`s."""
     logprobs = [token["logprob"] for token in record["emitted"]]
+    guessed = [token["logprob"] for token in record["drafted"]]
     return StreamEvent(
         request=record["request"],
         sample=record["sample"],
@@ -372,6 +372,7 @@ def as_event(record: Record, output: GenerationOutput | None = None) -> StreamEv
         output=output,
         plan=(record["plan"]["rows"], tuple(record["plan"]["groups"])),
         logprobs=() if None in logprobs else tuple(logprobs),
+        draft_logprobs=() if None in guessed else tuple(guessed),
         seconds=record["seconds"],
     )
 

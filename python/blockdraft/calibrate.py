@@ -1,0 +1,109 @@
+"""`blockdraft calibrate`: how long a forward takes by its rows, on this machine, for `blockdraft.plan`."""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockdraft import ops
+from blockdraft.decide import Ask, decide
+from blockdraft.errors import RequestError
+from blockdraft.plan import CostTable, table_path
+from blockdraft.processors import Processors
+from blockdraft.sample import Sample
+from blockdraft.sampler import SamplingParams
+from blockdraft.steps import Block, make_step
+
+if TYPE_CHECKING:
+    from blockdraft.model.zaya import ZayaForCausalLM
+
+ROWS = (1, 2, 4, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 192, 272)
+BATCH = 8  # sequences of the forward that shows what a sequence adds
+HEAD_ROWS = 16  # rows of a sequence that reach the LM head
+
+
+class Forward:
+    """One forward, repeatable: `sequences` sequences with `rows` causal rows each, after `context` tokens.
+
+    What is timed is a decode step without its bookkeeping: rows laid out, layers, LM head and choice, verification,
+    commit of nothing; with `late`, a second choice, as for the drafts of a mask group that is known after verification.
+    """
+
+    def __init__(self, model: "ZayaForCausalLM", sequences: int, rows: int, context: int, late: bool = False) -> None:
+        self.model, self.rows, self.late = model, rows, late
+        self.cache = model.new_cache(sequences * (context + rows), sequences)
+        self.sequences = [self.cache.allocate(context + rows) for _ in range(sequences)]
+        params = SamplingParams(seed=0)
+        self.samples = [Sample([0], params, i, 0, None, Processors(), frozenset()) for i in range(sequences)]
+        for sequence in self.sequences:
+            sequence.length = context
+        generator = torch.Generator().manual_seed(rows)
+        self.tokens = torch.randint(model.config.vocab_size, (sequences, rows), generator=generator).tolist()
+
+    @torch.inference_mode()
+    def run(self) -> float:
+        """Seconds."""
+        model, cache, started = self.model, self.cache, time.perf_counter()
+        blocks = [Block(s.length, s.slot, s.pages, t) for s, t in zip(self.sequences, self.tokens, strict=True)]
+        step = make_step(blocks, cache.page_size, model.config.mask_parent).to(model.device)
+        transaction = cache.begin(step, self.sequences)
+        states = model.decoder(transaction)
+        self._choose(states)
+        counts = torch.full((len(blocks),), self.rows, dtype=torch.int32, device=model.device)
+        verified = ops.verify_tokens(step.token_ids, step.token_ids, step.cu_rows, counts, torch.zeros_like(counts))
+        transaction.commit(verified[1].tolist(), verified[2])
+        if self.late:
+            self._choose(states)
+        return time.perf_counter() - started
+
+    def _choose(self, states: torch.Tensor) -> None:
+        first, length, count = range(0, len(states), self.rows), self.sequences[0].length, min(self.rows, HEAD_ROWS)
+        asks = [Ask(s, range(i, i + count), length) for s, i in zip(self.samples, first, strict=True)]
+        decide(self.model.heads, states, asks)
+
+
+def measure(model: "ZayaForCausalLM", context: int = 128, rounds: int = 7) -> CostTable:
+    """Medians over rounds that visit all sizes in turn, so that a slow minute of the machine hits all alike."""
+    room = model.config.max_position_embeddings - ROWS[-1]
+    context = max(1, min(context, room))
+    forwards: dict[int | str, Forward] = {rows: Forward(model, 1, rows, context) for rows in ROWS}
+    forwards["batch"] = Forward(model, BATCH, 1, context)
+    forwards["late"] = Forward(model, 1, HEAD_ROWS, context, late=True)
+    times: dict[int | str, list[float]] = {name: [] for name in forwards}
+    for _ in range(rounds + 1):
+        for name, forward in forwards.items():
+            times[name].append(forward.run())
+    ms = {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
+    each = max(0.0, (ms["batch"] - ms[BATCH]) / (BATCH - 1))
+    late = max(0.0, ms["late"] - ms[HEAD_ROWS])
+    return CostTable(ROWS, tuple(ms[rows] for rows in ROWS), each, late, "measured")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=int, default=128, metavar="N", help="tokens before (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: where the planner looks for it")
+    parser.add_argument("--json", action="store_true")
+
+
+def main(model: "ZayaForCausalLM", args: argparse.Namespace) -> int:
+    if args.context < 1 or args.rounds < 1:
+        raise RequestError(f"--context and --rounds must be at least 1, got {args.context} and {args.rounds}")
+    table = measure(model, args.context, args.rounds)
+    path = args.out or table_path(model.config, model.dtype, model.device)
+    facts = {"context": args.context, "threads": torch.get_num_threads(), "dtype": str(model.dtype).split(".")[1]}
+    table.save(path, **facts)
+    if args.json:
+        print(json.dumps({"path": str(path), **asdict(table)}))
+        return 0
+    print(f"{'rows':>6} {'ms':>9} {'of one row':>11}")
+    for rows, ms in zip(table.rows, table.ms, strict=True):
+        print(f"{rows:>6} {ms:>9.3f} {ms / table.ms[0]:>10.2f}x")
+    print(f"each further sequence: {table.sequence_ms:.3f} ms; choice from a mask group: {table.late_ms:.3f} ms")
+    print(f"written to {path}")
+    return 0

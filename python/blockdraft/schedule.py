@@ -1,0 +1,169 @@
+"""What each sample does in the next forward: rows of its prompt, a draft, a block to verify, or one token."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from blockdraft.errors import RequestError
+from blockdraft.plan import REPLAN_STEPS, Plan, spread_levels
+from blockdraft.sample import Part, Sample
+from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group
+
+if TYPE_CHECKING:
+    from blockdraft.model.zaya import ZayaForCausalLM
+
+PREFILL_ROWS = 512  # prompt rows of one forward, over all sequences
+
+
+class Scheduler:
+    """Plans the forwards of one run.
+
+    Args:
+        model: Its configuration, its limits, and the planner that all runs share.
+    """
+
+    def __init__(self, model: "ZayaForCausalLM") -> None:
+        self.model, self.config = model, model.config
+        self.context = min(model.config.max_position_embeddings, model.kv_cache_tokens)
+        self.steps = 0
+
+    def new_batch(self) -> None:
+        """A sample came in: plans are made anew."""
+        self.steps = 0
+
+    def parts(self, active: list[Sample]) -> list[Part]:
+        """One part of the next forward for each sample, but those whose prompt has to wait for room in it."""
+        self._replan(active)
+        parts, prefill_rows, first = [], PREFILL_ROWS, 0
+        for sample in active:
+            part = self._part(sample, prefill_rows)
+            if part is None:
+                continue
+            part.first = first
+            first += part.block.rows
+            prefill_rows -= part.causal if part.kind == PREFILL else 0
+            parts.append(part)
+        self.steps += 1
+        return parts
+
+    def block_length(self, sample: Sample) -> int:
+        return sample.params.block_length or self.config.block_length
+
+    def left(self, sample: Sample) -> int:
+        """Tokens still to decide, by max_tokens and by room."""
+        return min(sample.remaining, self.context - sample.length)
+
+    def _uses_masks(self, sample: Sample) -> bool:
+        return sample.params.drafts and sample.params.drafter == "mask"
+
+    def _replan(self, active: list[Sample]) -> None:
+        samples = [s for s in active if s.params.drafts and s.params.groups is None]
+        if not samples or self.steps % REPLAN_STEPS:
+            return
+        choices = []
+        for s in samples:
+            masks = self.block_length(s) if self._uses_masks(s) else 0
+            rates = self.model.planner.rates(s.drafter_kind, s.acceptance)
+            options = self.model.planner.options(rates, masks, self.block_length(s), masks == 0)
+            fixed = self.config.draft_layout == "anchor_in_block" and masks
+            choices.append([o for o in options if not (fixed and o.levels)])
+        for sample, option in zip(samples, self.model.planner.choose(choices), strict=True):
+            sample.option = option
+
+    def _plan(self, sample: Sample, drafts: int) -> Plan:
+        """For a sample with an anchor and `drafts` drafts."""
+        masks = self._uses_masks(sample) and self.left(sample) > 2  # a draft is for the token after the next
+        if not sample.params.drafts:
+            return Plan()
+        if sample.params.groups is not None:
+            return self._pinned(sample, drafts, masks)
+        option = sample.option
+        if option.rows > 1:
+            rows = min(drafts + 1, option.rows)
+            reason = f"{option.tokens:.2f} tokens expected of a forward of {option.mean_rows:.0f} rows"
+            levels = self._useful(sample, option.levels, rows) if drafts else (0,)
+            return Plan(rows, levels if masks else (), reason)
+        if not self.model.planner.may_try:
+            return Plan(reason="drafts are not expected to pay")
+        rows = min(drafts + 1, 8)
+        return Plan(rows, (0,) if masks and rows == 1 else (), "a trial: whether drafts pay is not known well")
+
+    def _pinned(self, sample: Sample, drafts: int, masks: bool) -> Plan:
+        if not drafts:
+            return Plan(1, (0,) if masks else ())
+        groups = sample.params.groups
+        levels = spread_levels(groups, self.block_length(sample)) if isinstance(groups, int) else tuple(groups)
+        return Plan(drafts + 1, self._useful(sample, levels, drafts + 1) if masks else ())
+
+    def _useful(self, sample: Sample, levels: Sequence[int], rows: int) -> tuple[int, ...]:
+        """Accept lengths that can be reached and leave room for a draft."""
+        return tuple(level for level in sorted(levels) if level < min(rows, self.left(sample) - 2))
+
+    def _wants_drafts(self, sample: Sample) -> bool:
+        """Whether the end of the prompt carries a mask group."""
+        wanted = self._uses_masks(sample) and self.left(sample) > 2 and self.config.draft_layout != "anchor_in_block"
+        auto = sample.params.groups is None
+        return wanted and (not auto or sample.option.rows > 1 or self.model.planner.may_try)
+
+    def _group(self, sample: Sample, after: int) -> Group:
+        B, mask, layout = self.block_length(sample), self.config.mask_token_id, self.config.draft_layout
+        if layout == "masks_after_anchor":
+            return Group(after, [mask] * (B - 1), skip=1)
+        return Group(after, [mask] * B)
+
+    def _part(self, sample: Sample, prefill_rows: int) -> Part | None:
+        """What a sample does in this forward; None where prompt rows are used up."""
+        if sample.cached.length < len(sample.prompt):
+            return self._prefill(sample, prefill_rows)
+        if sample.params.sampler == "denoise":
+            return self._denoise(sample, sample.known[sample.cached.length :])
+        return self._decode(sample)
+
+    def _prefill(self, sample: Sample, prefill_rows: int) -> Part | None:
+        cached, prompt = sample.cached, sample.prompt
+        rows = min(prefill_rows, len(prompt) - cached.length)
+        if rows == 0:
+            return None
+        tokens, last = prompt[cached.length : cached.length + rows], cached.length + rows == len(prompt)
+        if last and sample.params.sampler == "denoise":
+            return self._denoise(sample, tokens, PREFILL)
+        groups = [self._group(sample, rows - 1)] if last and self._wants_drafts(sample) else []
+        block = Block(cached.length, cached.slot, cached.pages, tokens, groups)
+        return Part(sample, PREFILL, block, rows - 1 if last else rows, Plan(rows, reason="prompt"))
+
+    def _denoise(self, sample: Sample, tokens: list[int], kind: str = DENOISE) -> Part:
+        """Commits tokens that are decided, and looks at the block that comes after them."""
+        cached = sample.cached
+        length = min(self.block_length(sample), self.left(sample))
+        canvas = sample.canvas.row_tokens(length, self.config.mask_token_id)
+        block = Block(cached.length, cached.slot, cached.pages, tokens, [Group(len(tokens) - 1, canvas)])
+        return Part(sample, kind, block, len(tokens), Plan(len(canvas), reason="denoising"))
+
+    def _decode(self, sample: Sample) -> Part:
+        self._ask_drafter(sample)
+        cached, left = sample.cached, self.left(sample)
+        sample.drafts = sample.drafts[: left - 1]
+        plan = self._plan(sample, len(sample.drafts))
+        drafts = sample.drafts[: plan.rows - 1]
+        anchor = sample.tokens[-1]
+        if not drafts and plan.levels and self.config.draft_layout == "anchor_in_block":
+            mask = [self.config.mask_token_id] * (self.block_length(sample) - 1)
+            block = Block(cached.length, cached.slot, cached.pages, [], [Group(-1, [anchor, *mask])])
+            return Part(sample, DRAFT, block, 0, plan)
+        groups = [self._group(sample, level) for level in plan.levels]
+        kind = VERIFY if drafts else DRAFT if groups else AR
+        block = Block(cached.length, cached.slot, cached.pages, [anchor, *drafts], groups)
+        return Part(sample, kind, block, 0, plan, draft_logprobs=tuple(sample.draft_logprobs[: len(drafts)]))
+
+    def _ask_drafter(self, sample: Sample) -> None:
+        params, count = sample.params, min(self.block_length(sample), self.left(sample)) - 1
+        if not params.drafts or params.drafter == "mask" or count < 1:
+            return
+        sample.drafts = []
+        if params.groups is None and sample.option.rows == 1 and not self.model.planner.may_try:
+            return
+        found = params.drafter(sample.known, count) if callable(params.drafter) else sample.ngram.draft(count)
+        drafts = [int(token) for token in found][:count]
+        for token in drafts:
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"drafter must return token ids in [0, {self.config.vocab_size - 1}], got {token}")
+        sample.drafts = drafts

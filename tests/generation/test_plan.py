@@ -1,0 +1,171 @@
+"""The planner: what it picks from known costs and acceptances, what it may lose, and the table it reads."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blockdraft import RequestError, SamplingParams, ZayaForCausalLM, bundled_model, calibrate
+from blockdraft.cli import main
+from blockdraft.plan import MAX_BLOCK, Acceptance, CostTable, Planner, accept_lengths, table_path
+from bundled_prompts import held_out_prompts
+
+FLAT = CostTable((1, 512), (10.0, 10.001))  # rows are free: bound by weights that are read anyway
+STEEP = CostTable((1, 512), (1.0, 512.0))  # every row costs a forward
+MIDDLE = CostTable((1, 16, 32, 64, 272), (1.0, 1.6, 2.4, 4.0, 15.0))
+
+
+def pick(costs, rate, sequences=1, masks=16, free=False):
+    planner = Planner(costs, 16)
+    options = planner.options([rate] * MAX_BLOCK, masks, 16, free)
+    return planner.choose([options] * sequences)
+
+
+def test_interpolation():
+    assert [MIDDLE.time(rows, 1) for rows in (1, 8.5, 16, 24, 272)] == pytest.approx([1.0, 1.3, 1.6, 2.0, 15.0])
+    assert MIDDLE.time(376, 1) == pytest.approx(20.5, rel=0.01)  # beyond the table: its last slope
+    assert replace(MIDDLE, sequence_ms=0.2).time(16, 3) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ms"), [((1,), (1.0,)), ((1, 1), (1.0, 2.0)), ((2, 1), (1.0, 2.0)), ((1, 2), (1.0, 0.0)), ((1, 2), (1.0,))]
+)
+def test_bad_tables(rows, ms):
+    with pytest.raises(RequestError, match="cost table: wanted ascending rows and positive ms"):
+        CostTable(rows, ms)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [2, 4, 16])
+def test_accept_lengths_are_a_law(rate, rows):
+    law = accept_lengths([rate] * MAX_BLOCK, rows)
+    assert len(law) == rows
+    assert sum(law) == pytest.approx(1.0)
+    mean = sum(i * p for i, p in enumerate(law))
+    assert mean == pytest.approx(sum(rate**i for i in range(1, rows)))
+
+
+def test_choices_at_the_ends():
+    assert pick(FLAT, 0.9)[0].levels == tuple(range(16))  # rows are free: a group for every outcome
+    assert pick(STEEP, 0.9)[0].rows == 1  # rows cost a token each: nothing is gained
+    assert pick(MIDDLE, 0.0)[0].rows == 1
+    assert pick(MIDDLE, 0.9)[0].rows == 16
+    assert pick(STEEP, 0.99, free=True)[0].rows == 1
+    assert pick(MIDDLE, 0.9, masks=0, free=True)[0].levels == ()
+
+
+def test_choice_is_the_best_of_all():
+    """Against the rates worked out one by one from the simulated chain of forwards."""
+    for rate in (0.2, 0.5, 0.7, 0.9, 0.97):
+        options = Planner(MIDDLE, 16).options([rate] * MAX_BLOCK, 16, 16, False)
+        speeds = {(o.rows, o.levels): simulate(MIDDLE, rate, o.rows, o.levels) for o in options}
+        chosen = pick(MIDDLE, rate)[0]
+        assert speeds[chosen.rows, chosen.levels] >= 0.97 * max(speeds.values())
+
+
+def simulate(costs, rate, rows, levels, forwards=40_000):
+    """Tokens per ms of draft, verify and what follows, with random acceptance; a miss drafts anew."""
+    if rows == 1:
+        return 1 / costs.time(1, 1)
+    generator = torch.Generator().manual_seed(1)
+    passed = (torch.rand(forwards, rows - 1, generator=generator) < rate).long().cumprod(1).sum(1).tolist()
+    tokens = time = 0.0
+    drafted = False
+    for accepted in passed:
+        if not drafted:
+            tokens, time = tokens + 1, time + costs.time(17, 1)
+        tokens, time = tokens + 1 + accepted, time + costs.time(rows + 16 * len(levels), 1)
+        drafted = accepted in levels
+    return tokens / time
+
+
+def test_sequences_of_a_batch_differ():
+    planner = Planner(MIDDLE, 16)
+    good, bad = (planner.options([rate] * MAX_BLOCK, 16, 16, False) for rate in (0.95, 0.02))
+    rows = [o.rows for o in planner.choose([good, bad, good, bad])]
+    assert rows[0] == rows[2] > rows[1] == rows[3] == 1
+
+
+def test_acceptance_counts():
+    acceptance = Acceptance()
+    acceptance.count(15, 3)
+    acceptance.count(3, 3)
+    assert acceptance.tested[1:6] == [2, 2, 2, 1, 0]
+    assert acceptance.passed[1:6] == [2, 2, 2, 0, 0]
+    rates = acceptance.rates([0.5] * MAX_BLOCK, 2.0)
+    assert rates[1:6] == pytest.approx([3 / 4, 3 / 4, 3 / 4, 1 / 3, 0.5])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ZayaForCausalLM.from_pretrained(bundled_model(), progress=False)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_useless_drafts_cost_at_most_three_percent(model, batch):
+    """In the planner's own time, whatever the machine does: mask rows with a wrong mask token draft nothing right."""
+    wrong = ZayaForCausalLM(
+        replace(model.config, mask_token_id=7), model.decoder, model.tokenizer, model.dtype, model.device
+    )  # fmt: skip
+    wrong.planner = Planner(MIDDLE, 16)
+    prompts = [p[:60] for p in held_out_prompts(8)]
+    outputs = []
+    for first in range(0, 8, batch):
+        params = SamplingParams(max_tokens=256, ignore_eos=True, temperature=1.0, seed=first)
+        outputs += wrong.generate(prompts[first : first + batch], params)
+    tokens = sum(o.stats.committed for o in outputs)
+    assert sum(o.stats.accepted for o in outputs) < 0.1 * sum(o.stats.drafted for o in outputs)
+    assert sum(o.stats.plan["ar"] for o in outputs) > 0.8 * tokens
+    plain = tokens * MIDDLE.time(batch, batch) / batch
+    assert wrong.planner.spent <= 1.03 * plain
+
+
+def test_useful_drafts_are_used(model):
+    model.planner = Planner(FLAT, 16)
+    outputs = model.generate([p[:100] for p in held_out_prompts(4)], SamplingParams(max_tokens=96, ignore_eos=True))
+    stats = [o.stats for o in outputs]
+    assert sum(s.committed for s in stats) > 1.5 * sum(s.decode_forwards for s in stats)
+    assert all("tokens expected of a forward of" in s.plan_reason for s in stats)
+    assert all(sum(s.plan.values()) == s.decode_forwards for s in stats)
+
+
+def test_plans_repeat(model):
+    """A table decides and no clock: the same requests get the same plans."""
+    runs = []
+    for _ in range(2):
+        model.planner = Planner(MIDDLE, 16)
+        outputs = model.generate([p[:80] for p in held_out_prompts(3)], SamplingParams(max_tokens=64, ignore_eos=True))
+        runs.append([o.stats.plan for o in outputs])
+    assert runs[0] == runs[1]
+
+
+def test_modelled_table(model):
+    table = CostTable.modelled(model.config, 2)
+    assert list(table.ms) == sorted(table.ms)
+    assert table.source == "modelled"
+
+
+def test_calibrate_writes_what_the_planner_reads(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKDRAFT_COSTS", str(tmp_path))
+    monkeypatch.setattr(calibrate, "ROWS", (1, 8, 16))
+    assert main(["calibrate", "--rounds", "1", "--context", "16", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    path = table_path(model.config, model.dtype, model.device)
+    assert printed["path"] == str(path)
+    table = CostTable.load(model.config, model.dtype, model.device)
+    assert table.rows == (1, 8, 16)
+    assert list(table.ms) == printed["ms"]
+    assert table.late_ms == printed["late_ms"]
+    assert ZayaForCausalLM.from_pretrained(bundled_model(), progress=False).planner.costs == table
+    path.write_text("{}")
+    with pytest.raises(RequestError, match="not a cost table.*blockdraft calibrate"):
+        CostTable.load(model.config, model.dtype, model.device)
+
+
+def test_calibrate_shows_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "ROWS", (1, 8, 16))
+    assert main(["calibrate", "--rounds", "1", "--out", str(tmp_path / "costs.json")]) == 0
+    assert "of one row" in capsys.readouterr().out
+    assert main(["calibrate", "--rounds", "0"]) == 2
+    assert "--context and --rounds must be at least 1" in capsys.readouterr().err
