@@ -41,13 +41,13 @@ def test_rows(length, block_length, offset, mask_parent):
 
 
 def test_losses():
-    logits, tokens = torch.randn(3, 20, 7), torch.randint(7, (3, 10))
-    ar, diffusion = tidar.losses(logits, tokens, 4, 1, 0.5, 2)
+    logits, tokens, labels = torch.randn(3, 20, 7), torch.randint(7, (3, 10)), torch.randint(7, (3, 10))
+    ar, diffusion = tidar.losses(logits, tokens, labels, 4, 1, 0.5, 2)
     log_probs = logits.log_softmax(-1)
     expected = [-log_probs[b, t, tokens[b, t + 1]] for b in range(2) for t in range(9)]
     assert ar.item() == pytest.approx(sum(expected).item() / len(expected), rel=1e-5)
     weights = {t: 0.5 ** ((t - 1) % 4) for t in range(1, 10)}
-    expected = sum(-log_probs[b, 10 + t, tokens[b, t]] * w for b in range(3) for t, w in weights.items())
+    expected = sum(-log_probs[b, 10 + t, labels[b, t]] * w for b in range(3) for t, w in weights.items())
     assert diffusion.item() == pytest.approx(expected.item() / (3 * sum(weights.values())), rel=1e-5)
 
 

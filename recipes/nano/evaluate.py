@@ -2,9 +2,10 @@
 
     python recipes/nano/evaluate.py [MODEL] [--prompts 100] [--json FILE]
 
-Generation: lossless greedy, against an n-gram drafter (prompt lookup) on the same prompts; outputs that loop are
-reported apart, because any drafter is right about a loop. True text: one draft and one verification after prefixes of
-the files themselves, every 24 tokens: accepted by the model's own choices, and equal to the text. Also bits per byte.
+Generation: lossless greedy, a forward that drafts and one that verifies in turn, against an n-gram drafter (prompt
+lookup) on the same prompts; outputs that loop are reported apart, because any drafter is right about a loop. True text:
+one draft and one verification after prefixes of the files themselves, every 24 tokens: accepted by the model's own
+choices, and equal to the text. Also bits per byte.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def true_text(model: ZayaForCausalLM, windows: list[list[int]], step: int, draft
     """First forward after each true prefix. Mask drafts were made before the anchor was known, a callable's after; a
     forward without drafts accepts none."""
     cuts = [(ids, at) for ids in windows for at in range(32, len(ids) - 17, step)]
-    params = SamplingParams(max_tokens=17, ignore_eos=True, drafter=drafter)
+    params = SamplingParams(max_tokens=17, ignore_eos=True, drafter=drafter, groups=0)
     own, right, after_right = [], [], []
     anchors: dict[int, int] = {}
     seen: set[int] = set()
@@ -116,7 +117,7 @@ def main() -> None:
     prompts = pieces(model.tokenizer, texts, args.prompts, args.prompt_length)
     windows = pieces(model.tokenizer, texts, max(4, args.prompts // 4), 448)
 
-    greedy = SamplingParams(max_tokens=args.tokens, ignore_eos=True, seed=0)
+    greedy = SamplingParams(max_tokens=args.tokens, ignore_eos=True, seed=0, groups=0)
     result = {
         "bits_per_byte": round(bits_per_byte(model, windows), 4),
         "greedy": generation(model, prompts, greedy),

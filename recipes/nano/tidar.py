@@ -33,18 +33,19 @@ def doubled_rows(
 
 
 def losses(
-    logits: Tensor, tokens: Tensor, block_length: int, offset: int, decay: float, real: int
+    logits: Tensor, tokens: Tensor, labels: Tensor, block_length: int, offset: int, decay: float, real: int
 ) -> tuple[Tensor, Tensor]:
-    """AR loss (labels shifted by one) and diffusion loss (labels aligned); ``logits [B, 2T, V]``, ``tokens [B, T]``.
+    """AR loss (labels shifted by one) and diffusion loss (labels aligned); ``logits [B, 2T, V]``, others ``[B, T]``.
 
-    The j-th mask of a block weighs decay ** j: a draft counts only while all before it are right, so the first ones
-    decide the acceptance. Position 0 is <bos>, which nothing predicts. The AR loss is that of the first `real` rows;
-    the others are the model's own text, which must not teach it to repeat itself.
+    `labels` is what the masks predict: the tokens, or the model's own continuation (branches.py). The j-th mask of a
+    block weighs decay ** j: a draft counts only while all before it are right, so the first ones decide the
+    acceptance. Position 0 is <bos>, which nothing predicts. The AR loss is that of the first `real` rows; the others
+    are the model's own text, which must not teach it to repeat itself.
     """
     length = tokens.shape[1]
     ar = F.cross_entropy(logits[:real, : length - 1].flatten(0, 1), tokens[:real, 1:].flatten())
     index = (torch.arange(1, length, device=tokens.device) - offset) % block_length
     weight = decay ** index.float()
-    each = F.cross_entropy(logits[:, length + 1 :].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    each = F.cross_entropy(logits[:, length + 1 :].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
     diffusion = (each.view(len(tokens), -1) * weight).sum() / (weight.sum() * len(tokens))
     return ar, diffusion

@@ -79,6 +79,13 @@ def own_batch(rows: Tensor, batch: int, length: int, generator: torch.Generator,
     return rows[torch.randint(len(rows), (batch,), generator=generator), :length].long().to(device)
 
 
+def branch_batch(
+    branches: dict[str, Tensor], offset: int, batch: int, generator: torch.Generator, device: str
+) -> tuple[Tensor, Tensor]:
+    chosen = torch.randint(branches["tokens"].shape[1], (batch,), generator=generator)
+    return branches["tokens"][offset, chosen].long().to(device), branches["labels"][offset, chosen].long().to(device)
+
+
 def batch_of(stream: Tensor, batch: int, length: int, generator: torch.Generator, device: str) -> Tensor:
     start = torch.randint(len(stream) - length, (batch,), generator=generator)
     tokens = stream[start[:, None] + torch.arange(length)].long()
@@ -92,7 +99,7 @@ def evaluate(model: ZayaReference, stream: Tensor, length: int, block_length: in
     tokens = batch_of(stream, 16, length, torch.Generator().manual_seed(0), device)
     doubled = torch.cat([tokens, torch.full_like(tokens, data.MASK)], 1)
     rows = tidar.doubled_rows(length, block_length, 0, model.config.mask_parent, device)
-    ar, diffusion = tidar.losses(model(doubled, rows), tokens, block_length, 0, 1.0, len(tokens))
+    ar, diffusion = tidar.losses(model(doubled, rows), tokens, tokens, block_length, 0, 1.0, len(tokens))
     return ar.item(), diffusion.item()
 
 
@@ -109,7 +116,9 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the AR loss in conversion")
     parser.add_argument("--decay", type=float, default=0.75, help="weight of the j-th mask of a block: decay ** j")
     parser.add_argument("--init", type=Path, help="start from this checkpoint (with --steps 0: conversion alone)")
-    parser.add_argument("--own-text", type=Path, help="half of each conversion batch, from own_text.py")
+    parser.add_argument("--own-text", type=Path, help="a part of each conversion batch, from own_text.py")
+    parser.add_argument("--own-rows", type=int, help="how many rows of a batch; default: half of it")
+    parser.add_argument("--branches", type=Path, help="true text with own continuations as labels, from branches.py")
     parser.add_argument("--constant-rate", action="store_true", help="no decay: a later stage goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-bytes", type=int, help="train on this much text only, for a quick run")
@@ -137,6 +146,8 @@ def main() -> None:
     if args.init:
         model.load_state_dict({k: v.float() for k, v in load_file(args.init / "model.safetensors").items()})
     own = torch.load(args.own_text) if args.own_text else None
+    own_rows = 0 if own is None else args.batch // 2 if args.own_rows is None else args.own_rows
+    branches = torch.load(args.branches) if args.branches else None
     model.to(device)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
@@ -155,15 +166,19 @@ def main() -> None:
         rate = args.rate * min(1, (step + 1) / warmup, 1 if args.constant_rate else left)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        real = args.batch // 2 if converting and own is not None else args.batch
+        real = args.batch - own_rows if converting else args.batch
         tokens = batch_of(stream, real, args.length, generator, device)
         if real < args.batch:
             tokens = torch.cat([tokens, own_batch(own, args.batch - real, args.length, generator, device)])
         if converting:
             offset = int(torch.randint(args.block_length, (1,), generator=generator))
+            labels = tokens
+            if branches is not None:
+                text, text_labels = branch_batch(branches, offset, real, generator, device)
+                tokens, labels = torch.cat([text, tokens[real:]]), torch.cat([text_labels, tokens[real:]])
             rows = tidar.doubled_rows(args.length, args.block_length, offset, config.mask_parent, device)
             logits = model(torch.cat([tokens, torch.full_like(tokens, data.MASK)], 1), rows)
-            ar, diffusion = tidar.losses(logits, tokens, args.block_length, offset, args.decay, real)
+            ar, diffusion = tidar.losses(logits, tokens, labels, args.block_length, offset, args.decay, real)
             loss = (args.alpha * ar + diffusion) / (1 + args.alpha)
         else:
             logits = model(tokens, causal)
