@@ -14,7 +14,8 @@ from blockdraft import cli
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "blockdraft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DATA = ("py.typed", "_host.pyi", "data/nano/config.json", "data/nano/model.safetensors", "data/nano/tokenizer.json")
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "costs.json")
+DATA = ("py.typed", "_host.pyi", "trace.html", *(f"data/nano/{name}" for name in MODEL))
 
 
 def tracked_files():
@@ -109,7 +110,10 @@ def test_documents_link_to_files_that_exist():
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "info", "bench"])
+COMMANDS = ("demo", "generate", "info", "bench", "verify", "calibrate", "trace", "sweep", "passk", "roofline")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_readme_names_every_command(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         cli.main([command, "--help"])

@@ -101,16 +101,15 @@ class CostTable:
 
     @classmethod
     def modelled(cls, config: ZayaConfig, itemsize: int) -> "CostTable":
-        """Bytes and FLOPs of a forward at 40 GB/s and 200 GFLOPS, a small server CPU, and 1 ms for each.
+        """Half a millisecond, and the bytes at 40 GB/s or the FLOPs at 60 GFLOPS: what two server cores do here.
 
         n rows touch E (1 - (1 - 1/E)^n) of a layer's E experts where routing is even.
         """
         c, E = config, config.num_experts
         expert = 3 * c.hidden_size * c.moe_intermediate_size
         query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        layer = c.hidden_size * (2 * query + 2 * key) + c.router_hidden_size * (
-            c.hidden_size + 2 * c.router_hidden_size
-        )
+        router = c.router_hidden_size * (c.hidden_size + 2 * c.router_hidden_size)
+        layer = 2 * c.hidden_size * (query + key) + router
         head = c.vocab_size * c.hidden_size
         rows = (1, 2, 4, 8, 16, 17, 32, 64, 128, 272, 512)
         ms = []
@@ -118,20 +117,23 @@ class CostTable:
             distinct = E * (1 - (1 - 1 / E) ** n)
             bytes_ = itemsize * (c.num_hidden_layers * (layer + distinct * expert) + head)
             flops = 2 * n * (c.num_hidden_layers * (layer + expert) + head)
-            ms.append(1 + 1e3 * max(bytes_ / 40e9, flops / 200e9))
+            ms.append(0.5 + 1e3 * max(bytes_ / 40e9, flops / 60e9))
         return cls(rows, tuple(ms))
 
     @classmethod
-    def load(cls, config: ZayaConfig, dtype: torch.dtype, device: torch.device) -> "CostTable":
-        """The table that `blockdraft calibrate` left for this model on this machine, otherwise a modelled one."""
-        path = table_path(config, dtype, device)
-        try:
-            data = json.loads(path.read_text())
-            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], data["late_ms"], str(path))
-        except FileNotFoundError:
+    def load(
+        cls, config: ZayaConfig, dtype: torch.dtype, device: torch.device, folder: Path | None = None
+    ) -> "CostTable":
+        """What `blockdraft calibrate` left for this model on this machine, else the checkpoint's own, else modelled."""
+        paths = [table_path(config, dtype, device), *([folder / "costs.json"] if folder else [])]
+        found = next((path for path in paths if path.is_file()), None)
+        if found is None:
             return cls.modelled(config, dtype.itemsize)
+        try:
+            data = json.loads(found.read_text())
+            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], data["late_ms"], str(found))
         except (ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"{path}: not a cost table ({error}); run `blockdraft calibrate` again") from error
+            raise RequestError(f"{found}: not a cost table ({error}); run `blockdraft calibrate` again") from error
 
     def save(self, path: Path, **facts: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

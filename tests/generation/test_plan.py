@@ -10,6 +10,7 @@ from blockdraft import RequestError, SamplingParams, ZayaForCausalLM, bundled_mo
 from blockdraft.cli import main
 from blockdraft.plan import MAX_BLOCK, Acceptance, CostTable, Planner, accept_lengths, table_path
 from bundled_prompts import held_out_prompts
+from checkpoints import random_model, save, tiny_config
 
 FLAT = CostTable((1, 512), (10.0, 10.001))  # rows are free: bound by weights that are read anyway
 STEEP = CostTable((1, 512), (1.0, 512.0))  # every row costs a forward
@@ -161,6 +162,15 @@ def test_calibrate_writes_what_the_planner_reads(model, tmp_path, monkeypatch, c
     path.write_text("{}")
     with pytest.raises(RequestError, match="not a cost table.*blockdraft calibrate"):
         CostTable.load(model.config, model.dtype, model.device)
+
+
+def test_a_checkpoint_may_bring_a_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKDRAFT_COSTS", str(tmp_path / "none"))
+    folder = save(random_model(tiny_config()), tmp_path / "model")
+    assert ZayaForCausalLM.from_pretrained(folder, progress=False).planner.costs.source == "modelled"
+    replace(MIDDLE, late_ms=0.25).save(folder / "costs.json")
+    costs = ZayaForCausalLM.from_pretrained(folder, progress=False).planner.costs
+    assert costs == replace(MIDDLE, late_ms=0.25, source=str(folder / "costs.json"))
 
 
 def test_calibrate_shows_a_table(tmp_path, monkeypatch, capsys):

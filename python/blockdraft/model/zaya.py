@@ -50,13 +50,14 @@ class ZayaForCausalLM:
         kv_cache_tokens: int | None = None,
         max_batch_size: int | None = None,
         heads: Heads | None = None,
+        costs: CostTable | None = None,
     ) -> None:
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.heads = heads or Heads(decoder.lm_head)
         self.dtype, self.device = dtype, device
         self.max_batch_size = max_batch_size or 16
         self.kv_cache_tokens = kv_cache_tokens or self._default_cache_tokens()
-        self.planner = Planner(CostTable.load(config, dtype, device), config.block_length)
+        self.planner = Planner(costs or CostTable.load(config, dtype, device), config.block_length)
 
     @classmethod
     def from_pretrained(
@@ -98,7 +99,8 @@ class ZayaForCausalLM:
         with Checkpoint(folder, config) as checkpoint:
             decoder = Decoder(config, checkpoint, dtype, device, skip_expert == "identity", progress)
             heads = Heads.read(config, checkpoint, decoder.lm_head, dtype, device)
-        return cls(config, decoder, _load_tokenizer(folder), dtype, device, kv_cache_tokens, max_batch_size, heads)
+        tokenizer, costs = _load_tokenizer(folder), CostTable.load(config, dtype, device, folder)
+        return cls(config, decoder, tokenizer, dtype, device, kv_cache_tokens, max_batch_size, heads, costs)
 
     def _default_cache_tokens(self) -> int:
         least = min(self.config.max_position_embeddings, 8192)
