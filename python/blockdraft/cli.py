@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import blockdraft
-from blockdraft import bench, demo, info, passk, roofline
+from blockdraft import bench, calibrate, demo, info, passk, roofline, sweep, trace, verify
 from blockdraft.errors import BlockdraftError
 from blockdraft.live import make_view
 
@@ -42,7 +42,22 @@ def sampling_params(args: argparse.Namespace) -> blockdraft.SamplingParams:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
         sampler=args.sampler,
+        verification=args.verification,
         drafter=args.drafter,
+        mix=args.mix,
+        mix_source=args.mix_source,
+        mix_max_kl=args.mix_max_kl,
+        lenience=args.lenience,
+        block_length=args.block_length,
+        groups=args.groups,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        bad_words=tuple(args.bad_word),
+        min_tokens=args.min_tokens,
+        denoising_steps=args.denoising_steps,
+        reveal=args.reveal,
+        reveal_threshold=args.reveal_threshold,
     )
 
 
@@ -104,12 +119,24 @@ def show_info(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_calibrate(args: argparse.Namespace) -> int:
+    return calibrate.main(load(args), args)
+
+
 def run_bench(args: argparse.Namespace) -> int:
     return bench.main(args) or 0
 
 
 def run_passk(args: argparse.Namespace) -> int:
     return passk.main(args, load)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    return sweep.main(args, load)
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    return trace.main(args, load, sampling_params)
 
 
 def threads(text: str) -> int:
@@ -126,11 +153,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=threads, metavar="N", help="default: torch's choice")
 
 
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help='"-" reads it from standard input')
+def add_generate_arguments(parser: argparse.ArgumentParser, needs_prompt: bool = True) -> None:
+    parser.add_argument("--prompt", required=needs_prompt, metavar="TEXT", help='"-" reads it from standard input')
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sampler", choices=("lossless", "ar"), default="lossless", help="default: %(default)s")
-    parser.add_argument("--drafter", choices=("mask", "none"), default="mask", help="of lossless; default: %(default)s")
+    samplers = ("lossless", "ar", "mixed", "denoise")
+    parser.add_argument("--sampler", choices=samplers, default="lossless", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -139,6 +166,41 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
+    add_drafting_arguments(parser.add_argument_group("drafting"))
+    add_processor_arguments(parser.add_argument_group("logits processors"))
+
+
+def add_drafting_arguments(parser: argparse._ArgumentGroup) -> None:
+    rules = ("gumbel", "rejection", "match")
+    parser.add_argument("--drafter", choices=("mask", "ngram", "none"), default="mask", help="default: %(default)s")
+    parser.add_argument("--verification", choices=rules, default="gumbel", help="default: %(default)s")
+    parser.add_argument("--block-length", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--groups", type=levels, metavar="R", help="mask groups, or accept lengths as 0,6,15 (planned)")
+    parser.add_argument("--mix", type=float, default=0.0, metavar="W", help="of the drafts, with --sampler mixed")
+    parser.add_argument("--mix-source", choices=("draft", "fresh"), default="draft", help="default: %(default)s")
+    parser.add_argument("--mix-max-kl", type=float, metavar="NATS", help="mix only where the law stays this close")
+    parser.add_argument("--lenience", type=float, default=1.0, metavar="L", help="of rejection, with --sampler mixed")
+    parser.add_argument("--denoising-steps", type=int, metavar="N", help="with --sampler denoise: forwards per block")
+    reveal = ("confidence", "schedule", "entropy")
+    parser.add_argument("--reveal", choices=reveal, default="confidence", help="default: %(default)s")
+    parser.add_argument("--reveal-threshold", type=float, metavar="X")
+
+
+def add_processor_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1, the default, is off")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="P")
+    parser.add_argument("--bad-word", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--min-tokens", type=int, default=0, metavar="N")
+
+
+def levels(text: str) -> int | tuple[int, ...]:
+    parts = text.split(",")
+    try:
+        numbers = tuple(int(part) for part in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or numbers separated by commas, got {text!r}") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,6 +218,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_arguments(command)
     command.set_defaults(run=generate)
 
+    command = commands.add_parser("calibrate", help="time forwards by their rows, for the planner")
+    add_model_arguments(command)
+    calibrate.add_arguments(command)
+    command.set_defaults(run=run_calibrate)
+
     command = commands.add_parser("info", help="versions, operator libraries, CPU, threads")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=show_info)
@@ -172,6 +239,23 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(command)
     passk.add_arguments(command)
     command.set_defaults(run=run_passk)
+
+    command = commands.add_parser("verify", help="report whether blocks give what plain decoding gives, here")
+    verify.add_arguments(command)
+    command.set_defaults(run=verify.main)
+
+    command = commands.add_parser("sweep", help="speed against quality, from lossless to mixed, beside plain decoding")
+    add_model_arguments(command)
+    sweep.add_arguments(command)
+    command.set_defaults(run=run_sweep)
+
+    command = commands.add_parser(
+        "trace", help="record a generation step by step, as JSON lines or a page that plays it"
+    )
+    add_model_arguments(command)
+    add_generate_arguments(command, needs_prompt=False)
+    trace.add_arguments(command)
+    command.set_defaults(run=run_trace)
     return parser
 
 
