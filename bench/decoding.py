@@ -3,8 +3,9 @@
     python bench/decoding.py [--threads 2] [--batches 1,8] [--json FILE] [--plot FILE.svg]
 
 Greedy and at temperature 0.8, bfloat16, prompts of 128 tokens from held-out files, 96 new tokens. All sides decode the
-same prompts, by turns, and the median of the rounds counts. The planner has a table measured at the start of this run.
-"useless drafts": a wrong mask token, so that the mask rows guess nothing right. "match": the tokens of plain decoding.
+same prompts, by turns at every batch; medians over the rounds, of ratios as well. The planner has a table measured at
+the start of this run. "useless drafts": a wrong mask token, so that the mask rows guess nothing right. "match": the
+tokens of plain decoding.
 """
 
 import argparse
@@ -38,50 +39,57 @@ LAWS = {"greedy": {"temperature": 0.0}, "T=0.8": {"temperature": 0.8}}
 WRONG_MASK = 7  # an ordinary byte of the vocabulary
 
 
-def decode(model: ZayaForCausalLM, prompts: list[list[int]], params: SamplingParams, batch: int) -> tuple:
-    """Seconds, tokens, and what the forwards brought."""
-    started, outputs = time.perf_counter(), []
-    for first in range(0, len(prompts), batch):
-        outputs += model.generate(prompts[first : first + batch], params)
-    seconds = time.perf_counter() - started
-    stats = [o.stats for o in outputs]
-    plans: dict[str, int] = {}
-    for s in stats:
-        for name, count in s.plan.items():
-            plans[name] = plans.get(name, 0) + count
-    per_forward = sum(s.committed for s in stats) / sum(s.decode_forwards for s in stats)
-    return seconds, [o.token_ids for o in outputs], per_forward, plans
+class Side:
+    """One way to decode: seconds of each round, and what came out."""
+
+    def __init__(self, name: str, model: ZayaForCausalLM, params: SamplingParams) -> None:
+        self.name, self.model, self.params = name, model, params
+        self.seconds: list[float] = []
+        self.outputs: list = []
+
+    def start_round(self) -> None:
+        self.seconds.append(0.0)
+        self.outputs = []
+
+    def decode(self, prompts: list[list[int]]) -> None:
+        started = time.perf_counter()
+        self.outputs += self.model.generate(prompts, self.params)
+        self.seconds[-1] += time.perf_counter() - started
+
+    def result(self, plain: "Side") -> dict:
+        stats = [o.stats for o in self.outputs]
+        plans: dict[str, int] = {}
+        for s in stats:
+            for name, count in s.plan.items():
+                plans[name] = plans.get(name, 0) + count
+        tokens, seconds = sum(len(o.token_ids) for o in self.outputs), statistics.median(self.seconds[1:])
+        ratios = [p / s for p, s in zip(plain.seconds[1:], self.seconds[1:], strict=True)]
+        return {
+            "side": self.name,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "times_ar": round(statistics.median(ratios), 3),
+            "times_ar_lowest_highest": [round(min(ratios), 3), round(max(ratios), 3)],
+            "tokens_per_forward": round(sum(s.committed for s in stats) / sum(s.decode_forwards for s in stats), 3),
+            "match": [o.token_ids for o in self.outputs] == [o.token_ids for o in plain.outputs],
+            "plans": plans,
+        }
 
 
 def compare(
     models: dict[str, ZayaForCausalLM], prompts: list[list[int]], law: dict, batch: int, tokens: int, rounds: int
 ) -> list[dict]:
-    """All sides of one setting."""
+    """All sides of one setting. They take turns at every batch, so that a slow second of the machine hits all."""
     base = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=0, **law)
-    sides = {name: (models["right"], replace(base, **changes)) for name, changes in SIDES.items()}
-    sides["useless drafts, R=0"] = (models["wrong"], replace(base, groups=0))
-    sides["useless drafts, planner"] = (models["wrong"], base)
-    results: dict[str, list] = {name: [] for name in sides}
+    sides = [Side(name, models["right"], replace(base, **changes)) for name, changes in SIDES.items()]
+    sides.append(Side("useless drafts, R=0", models["wrong"], replace(base, groups=0)))
+    sides.append(Side("useless drafts, planner", models["wrong"], base))
     for _ in range(rounds + 1):  # the first round warms up, and lets the planner see what it has not seen
-        for name, (model, params) in sides.items():
-            results[name].append(decode(model, prompts, params, batch))
-    plain = results["ar"][0][1]
-    rows = []
-    for name, runs in results.items():
-        seconds = [run[0] for run in runs[1:]]
-        middle = statistics.median(seconds)
-        rows.append(
-            {
-                "side": name,
-                "tokens_per_second": round(len(prompts) * tokens / middle, 1),
-                "seconds_lowest_highest": [round(min(seconds), 4), round(max(seconds), 4)],
-                "tokens_per_forward": round(runs[-1][2], 3),
-                "match": all(run[1] == plain for run in runs),
-                "plans": runs[-1][3],
-            }
-        )
-    ar = rows[0]["tokens_per_second"]
-    return [{**row, "times_ar": round(row["tokens_per_second"] / ar, 3)} for row in rows]
+        for side in sides:
+            side.start_round()
+        for first in range(0, len(prompts), batch):
+            for side in sides:
+                side.decode(prompts[first : first + batch])
+    return [side.result(sides[0]) for side in sides]
 
 
 def show(result: dict) -> None:

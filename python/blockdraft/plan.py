@@ -25,8 +25,8 @@ MAX_BLOCK = 32
 PRIOR_RATE, PRIOR_WEIGHT = 0.5, 4.0
 # A request trusts its own verifications over the model's after about as many.
 REQUEST_WEIGHT = 8.0
-# Predicted time that may be lost to drafts beyond what they saved: a share of all time, and a start.
-LOSS_SHARE, FIRST_LOSSES = 0.02, 3.0
+# Predicted time that may be lost to drafts beyond what they saved: a share of all time, and forwards at the start.
+LOSS_SHARE, FIRST_LOSSES = 0.015, 2.0
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
 
 
@@ -166,12 +166,15 @@ class Acceptance:
 
     Attributes:
         tested, passed: Counts for j = 1..31.
+        verified: Blocks counted.
     """
 
     tested: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
     passed: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
+    verified: int = 0
 
     def count(self, drafted: int, accepted: int) -> None:
+        self.verified += 1
         for j in range(1, min(accepted + 1, drafted) + 1):
             self.tested[j] += 1
             self.passed[j] += j <= accepted
@@ -207,12 +210,15 @@ class Planner:
         self.seen: dict[str, Acceptance] = {}  # by kind of drafter
         self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
         self.spent = 0.0  # predicted ms of all decoding
-        self.trials = 0
 
     def rates(self, drafter: str, own: Acceptance) -> list[float]:
         shared = self.seen.setdefault(drafter, Acceptance())
         prior = shared.rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
         return own.rates(prior, REQUEST_WEIGHT)
+
+    def verified(self, drafter: str) -> int:
+        """Blocks counted so far."""
+        return self.seen.setdefault(drafter, Acceptance()).verified
 
     def count(self, drafter: str, own: Acceptance, drafted: int, accepted: int) -> None:
         own.count(drafted, accepted)
@@ -225,6 +231,10 @@ class Planner:
         self.spent += took
         if drafting:
             self.lost = max(self.lost + took - plain, -took)
+
+    def account_prompt(self, rows: int) -> None:
+        """Books mask rows behind a prompt that were a trial."""
+        self.lost += self.costs.time(1 + rows, 1) - self.costs.time(1, 1)
 
     @property
     def may_try(self) -> bool:

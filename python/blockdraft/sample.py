@@ -70,7 +70,10 @@ class Sample:
 
     @property
     def drafter_kind(self) -> str:
-        return self.params.drafter if isinstance(self.params.drafter, str) else "callable"
+        """Whose drafts, tested by what: acceptances at one temperature say little about another."""
+        p = self.params
+        name = p.drafter if isinstance(p.drafter, str) else "callable"
+        return f"{name}, {p.verification}, T={p.temperature:.1f}, mix={p.mix:.1f}"
 
     def append(self, token: int) -> str:
         """Takes a decided token; returns the text that became final."""

@@ -116,7 +116,7 @@ def test_useless_drafts_cost_at_most_three_percent(model, batch):
         params = SamplingParams(max_tokens=256, ignore_eos=True, temperature=1.0, seed=first)
         outputs += wrong.generate(prompts[first : first + batch], params)
     tokens = sum(o.stats.committed for o in outputs)
-    assert sum(o.stats.accepted for o in outputs) < 0.1 * sum(o.stats.drafted for o in outputs)
+    assert sum(o.stats.accepted for o in outputs) < 0.3 * sum(o.stats.drafted for o in outputs)
     assert sum(o.stats.plan["ar"] for o in outputs) > 0.8 * tokens
     plain = tokens * MIDDLE.time(batch, batch) / batch
     assert wrong.planner.spent <= 1.03 * plain
