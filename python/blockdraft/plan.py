@@ -27,6 +27,9 @@ PRIOR_RATE, PRIOR_WEIGHT = 0.5, 4.0
 REQUEST_WEIGHT = 8.0
 # Predicted time that may be lost to drafts beyond what they saved: a share of all time, and forwards at the start.
 LOSS_SHARE, FIRST_LOSSES = 0.015, 2.0
+# Predicted speedup from which on drafting is worth it. Predictions err: n-gram drafts at batch 8 and T = 0.8, where all
+# rows but one a sequence are extra work, were taken at a predicted gain and lost 14%.
+LEAST_GAIN = 1.1
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
 
 
@@ -278,7 +281,8 @@ class Planner:
     def choose(self, choices: list[list[Option]]) -> list[Option]:
         """One option per sequence, for the highest predicted tokens per second of the batch.
 
-        All alike first; then each sequence may leave for the option that gains most at the going price of a row.
+        All alike first, plain decoding unless something else is clearly better; then each sequence may leave for the
+        option that gains most at the going price of a row.
         """
         n = len(choices)
 
@@ -287,13 +291,15 @@ class Planner:
             return sum(o.tokens for o in picked) / (self.costs.time(sum(o.mean_rows for o in picked), n) + late)
 
         alike = [[options[min(i, len(options) - 1)] for options in choices] for i in range(max(map(len, choices)))]
-        best = max(alike, key=rate)
+        plain, best = alike[0], max(alike, key=rate)
+        if rate(best) < LEAST_GAIN * rate(plain):
+            best = plain
         if n == 1:
             return best
         value, rows = rate(best), sum(o.mean_rows for o in best)
         price = value * (self.costs.time(rows + 8, n) - self.costs.time(rows, n)) / 8
         each = [max(options, key=lambda o: o.tokens - price * o.mean_rows) for options in choices]
-        return each if rate(each) > value else best
+        return each if rate(each) > max(value, LEAST_GAIN * rate(plain)) else best
 
 
 def accept_lengths(rates: Sequence[float], rows: int) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 
 from blockdraft import RequestError, SamplingParams, ZayaForCausalLM, bundled_model, calibrate
 from blockdraft.cli import main
-from blockdraft.plan import MAX_BLOCK, Acceptance, CostTable, Planner, accept_lengths, table_path
+from blockdraft.plan import LEAST_GAIN, MAX_BLOCK, Acceptance, CostTable, Planner, accept_lengths, table_path
 from bundled_prompts import held_out_prompts
 from checkpoints import random_model, save, tiny_config
 
@@ -57,12 +57,13 @@ def test_choices_at_the_ends():
 
 
 def test_choice_is_the_best_of_all():
-    """Against the rates worked out one by one from the simulated chain of forwards."""
+    """Against the rates worked out one by one from the simulated chain of forwards; small gains are left alone."""
     for rate in (0.2, 0.5, 0.7, 0.9, 0.97):
         options = Planner(MIDDLE, 16).options([rate] * MAX_BLOCK, 16, 16, False)
         speeds = {(o.rows, o.levels): simulate(MIDDLE, rate, o.rows, o.levels) for o in options}
         chosen = pick(MIDDLE, rate)[0]
-        assert speeds[chosen.rows, chosen.levels] >= 0.97 * max(speeds.values())
+        best = max(speeds.values())
+        assert speeds[chosen.rows, chosen.levels] >= (0.97 * best if best > 1.02 * LEAST_GAIN else best / LEAST_GAIN)
 
 
 def simulate(costs, rate, rows, levels, forwards=40_000):
