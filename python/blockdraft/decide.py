@@ -2,7 +2,7 @@
 
 Rows whose law needs no logits tensor (greedy, temperature, truncations; mixing happens in the hidden states, since the
 head is linear) go through one `ops.lm_head_choose`. Rows with processors, log-probabilities or the rejection rule get
-their logits, in one call for all of them.
+their logits, in a head call of their sample's own.
 """
 
 from collections.abc import Sequence
