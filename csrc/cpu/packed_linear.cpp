@@ -10,7 +10,7 @@ void linear_panel(const PackedLinearParams& p, int64_t panel) {
   const W* weight = static_cast<const W*>(p.packed) + panel * p.pairs * kPair;
   T* out = static_cast<T*>(p.out) + panel * kPanel;
   const int64_t n = p.N - panel * kPanel;
-  multiply_panel(p.x, 2 * p.pairs, p.T, weight, p.pairs,
+  multiply_panel(p.wide, 2 * p.pairs, p.T, weight, p.pairs,
                  [&](int64_t t, const Vec(&total)[2]) { store_panel(out + t * p.N, total, n); });
 }
 

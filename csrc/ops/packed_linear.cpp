@@ -17,18 +17,20 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
   const ScalarType dtype = out_float32 ? ScalarType::Float : x.scalar_type();
   Tensor out = torch::stable::new_empty(x, {T, out_features}, dtype);
   if (T == 0) return out;
-  PackedLinearParams p{.x = nullptr,
+  PackedLinearParams p{.x = x.const_data_ptr(),
+                       .wide = nullptr,
                        .packed = packed_weight.const_data_ptr(),
                        .out = out.mutable_data_ptr(),
                        .T = T,
                        .N = out_features,
+                       .K = K,
                        .panels = panels,
                        .pairs = pairs,
                        .dtype = to_dtype(x.scalar_type()),
                        .out_float32 = out_float32};
   if constexpr (kBackend == Backend::kCpu) {
     const WideRows rows(x);
-    p.x = rows.rows();
+    p.wide = rows.rows();
     run_tasks(cpu::packed_linear, p, panels, 16384 / (pairs * T));
   } else {
     launch_gpu("packed_linear", x, [&](void* stream) { return gpu::packed_linear(p, stream); });

@@ -8,10 +8,11 @@
 namespace blockdraft {
 
 struct PackedLinearParams {
-  const float* x;      // [T, 2 * pairs] float32, zero from K on
+  const void* x;       // [T, K] of dtype
+  const float* wide;   // CPU: x [T, 2 * pairs] in float32, zero from K on
   const void* packed;  // [panels, pairs, 64] of dtype
   void* out;           // [T, N] of dtype, float32 where out_float32
-  int64_t T, N, panels, pairs;
+  int64_t T, N, K, panels, pairs;
   DType dtype;
   bool out_float32;
 };

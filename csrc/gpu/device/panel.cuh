@@ -1,0 +1,217 @@
+#pragma once
+// The matrix product under every GPU kernel: rows of x [.., K] against packed panels of 32 outputs, packed as for the
+// CPU (ops/pack_weight.h): a pair is two neighbouring k of 32 outputs, a panel its pairs one after the other.
+//
+// A load of 16 bytes gives a lane one pair of four neighbouring outputs, and a warp four runs of 128 bytes (NVIDIA:
+// four pairs of a panel) or eight (AMD: of two panels). Both operands of a matrix instruction may have their k in any
+// order, if it is the same one, and the outputs too: so these registers are operands as they come, without shared
+// memory.
+//
+//   lane -> group, the outputs 4 group .. 4 group + 3, and quad, the pairs 4 quad .. 4 quad + 3 of a step of 16
+//   16 bytes of a row of x: the same four pairs; pairs 0 and 1 are for a first instruction, 2 and 3 for a second one
+//   output c of the four: row group (c even) or group + 8 (c odd) of tile c / 2 (NVIDIA); row of tile c (AMD)
+//
+// Bits: a sum runs over every kWarps-th step of 32 k in one warp, then over the warps in order. Neither the number of
+// rows nor their place enters, so a row has the same bits in any company.
+#include "gpu/device/mma.cuh"
+
+namespace blockdraft::gpu {
+
+constexpr int kPanel = 32, kPair = 64;           // outputs of a panel, values of a pair
+constexpr int kStepPairs = 16;                   // pairs of a step
+constexpr int kWarpPanels = kWarpSize / kPanel;  // panels of a warp's load
+constexpr int kTileRows = kWarpSize == 32 ? 8 : 16;
+
+// Neighbouring panels of one matrix.
+template <class T>
+struct Panels {
+  const T* data;  // [count, pairs, 64]
+  int64_t pairs;
+  int64_t count;  // panels from here on give 0
+};
+
+// Values k .. k + 7 of a row; zeros from K on, and where there is no row. `aligned`: rows start at 16 bytes.
+__device__ inline uint4 load_eight(const BFloat16* row, int64_t k, int64_t K, bool aligned) {
+  if (!row || k >= K) return uint4{0, 0, 0, 0};
+  if (aligned && k + 8 <= K) return *reinterpret_cast<const uint4*>(row + k);
+  uint32_t words[4] = {};
+  for (int i = 0; i < 8; ++i)
+    if (k + i < K) words[i / 2] |= static_cast<uint32_t>(row[k + i].bits) << (16 * (i % 2));
+  return uint4{words[0], words[1], words[2], words[3]};
+}
+
+template <class T>
+__device__ bool is_aligned(const T* rows, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride * sizeof(T) % 16 == 0;
+}
+
+// Sums of a warp, kPanels panels by kRows rows:
+//   add(weights, row, K, aligned, first, stride)   steps first, first + stride, ...; row(i): row i of x, nullptr for
+//   none each(f)                                        f(i, c, four): row i, outputs c .. c + 3, each once in the warp
+template <class T, int kPanels, int kRows>
+struct PanelSums;
+
+template <int kPanels, int kRows>
+struct PanelSums<BFloat16, kPanels, kRows> {
+  static_assert(kPanels % kWarpPanels == 0 && kRows % kTileRows == 0);
+  static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / kTileRows;
+  static constexpr int kInstructions = kWarpSize == 32 ? 2 : 4;  // for the four outputs of a load
+
+  struct Weights {
+    uint4 pair[kLoads][4];
+  };
+
+  float sums[kLoads][kTiles][kInstructions][4] = {};
+
+  template <class Row>
+  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int64_t first,
+                      int64_t stride) {
+    const BFloat16* rows[kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) rows[j] = row(j * kTileRows + row_of_lane());
+    const int64_t steps = (weights.pairs + kStepPairs - 1) / kStepPairs;
+    Weights next = load(weights, first);
+    for (int64_t step = first; step < steps; step += stride) {
+      const Weights now = next;
+      next = load(weights, step + stride);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        multiply(now, load_eight(rows[j], (step * kStepPairs + quad() * 4) * 2, K, aligned), j);
+    }
+  }
+
+  template <class F>
+  __device__ void each(F f) const {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const auto& s = sums[n][j];
+#pragma unroll
+        for (int i = 0; i < kWarpSize / 16; ++i) {
+          if constexpr (kWarpSize == 32) {
+            f(j * kTileRows + 2 * quad() + i, n * kPanel + 4 * group(),
+              float4{s[0][i], s[0][2 + i], s[1][i], s[1][2 + i]});
+          } else {
+            const int place = 4 * quad() + i;
+            f(j * kTileRows + row_of_lane(), (2 * n + place / 8) * kPanel + 4 * (place % 8),
+              float4{s[0][i], s[1][i], s[2][i], s[3][i]});
+          }
+        }
+      }
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % kWarpSize; }
+  __device__ static int group() { return kWarpSize == 32 ? lane() / 4 : lane() % 8; }
+  __device__ static int quad() { return kWarpSize == 32 ? lane() % 4 : lane() / 16; }
+  __device__ static int panel() { return kWarpSize == 32 ? 0 : lane() % 16 / 8; }
+  __device__ static int row_of_lane() { return kWarpSize == 32 ? lane() / 4 : lane() % 16; }
+
+  __device__ static Weights load(const Panels<BFloat16>& weights, int64_t step) {
+    Weights out;
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = n * kWarpPanels + panel(), pair = step * kStepPairs + quad() * 4 + i;
+        out.pair[n][i] = uint4{0, 0, 0, 0};
+        if (at < weights.count && pair < weights.pairs)
+          out.pair[n][i] = load_streamed(weights.data + (at * weights.pairs + pair) * kPair + 8 * group());
+      }
+    return out;
+  }
+
+  __device__ void multiply(const Weights& w, const uint4& x, int j) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 &p = w.pair[n][2 * half], &q = w.pair[n][2 * half + 1];
+        const uint32_t x0 = half ? x.z : x.x, x1 = half ? x.w : x.y;
+        auto& s = sums[n][j];
+        if constexpr (kWarpSize == 32) {
+          mma(s[0], MmaM16N8K16{{p.x, p.y, q.x, q.y}, {x0, x1}});
+          mma(s[1], MmaM16N8K16{{p.z, p.w, q.z, q.w}, {x0, x1}});
+        } else {
+          mma(s[0], MmaM16N16K16{{p.x, q.x}, {x0, x1}});
+          mma(s[1], MmaM16N16K16{{p.y, q.y}, {x0, x1}});
+          mma(s[2], MmaM16N16K16{{p.z, q.z}, {x0, x1}});
+          mma(s[3], MmaM16N16K16{{p.w, q.w}, {x0, x1}});
+        }
+      }
+  }
+};
+
+// float32 is for tests and small models: plain multiply-adds.
+template <int kPanels, int kRows>
+struct PanelSums<float, kPanels, kRows> {
+  static_assert(kPanels % kWarpPanels == 0 && kRows % 4 == 0);
+  static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / 4;
+
+  float4 sums[kLoads][kTiles] = {};
+
+  template <class Row>
+  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool, int64_t first, int64_t stride) {
+    const float* rows[kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) rows[j] = row(4 * j + row_of_lane());
+    for (int64_t step = first; step * kStepPairs < weights.pairs; step += stride)
+      for (int64_t k = step * kStepPairs * 2; k < K && k < (step + 1) * kStepPairs * 2; ++k)
+        for (int n = 0; n < kLoads; ++n) {
+          const int64_t at = n * kWarpPanels + panel();
+          if (at >= weights.count) continue;
+          const float4 w = *reinterpret_cast<const float4*>(weights.data + (at * weights.pairs + k / 2) * kPair +
+                                                            k % 2 * kPanel + 4 * group());
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) add_scaled(sums[n][j], w, rows[j] ? rows[j][k] : 0);
+        }
+  }
+
+  template <class F>
+  __device__ void each(F f) const {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        f(4 * j + row_of_lane(), (n * kWarpPanels + panel()) * kPanel + 4 * group(), sums[n][j]);
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % kWarpSize; }
+  __device__ static int group() { return lane() % 8; }
+  __device__ static int row_of_lane() { return lane() / 8 % 4; }
+  __device__ static int panel() { return lane() / 32; }
+  __device__ static void add_scaled(float4& sum, const float4& w, float x) {
+    sum.x += w.x * x, sum.y += w.y * x, sum.z += w.z * x, sum.w += w.w * x;
+  }
+};
+
+// The sums of all warps of a block, which take turns at the steps. Shared: float [kWarps][kRows][32 kPanels].
+template <class T, int kPanels, int kRows, int kWarps>
+struct BlockProduct {
+  static constexpr int kOutputs = kPanels * kPanel;
+  static constexpr int kFloats = kWarps * kRows * kOutputs;
+
+  float* shared;  // kFloats, at 16 bytes
+
+  // All threads of the block; the last barrier is in here, the one before the next use of `shared` is the caller's.
+  template <class Row>
+  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned) const {
+    const int warp = threadIdx.x / kWarpSize;
+    PanelSums<T, kPanels, kRows> sums;
+    sums.add(weights, row, K, aligned, warp, kWarps);
+    float* own = shared + warp * kRows * kOutputs;
+    sums.each([&](int i, int c, const float4& four) { *reinterpret_cast<float4*>(own + i * kOutputs + c) = four; });
+    __syncthreads();
+  }
+
+  __device__ float sum(int i, int c) const {
+    float total = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += shared[(warp * kRows + i) * kOutputs + c];
+    return total;
+  }
+};
+
+}  // namespace blockdraft::gpu
