@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   TORCH=torch==2.12.0 the torch to install; without it, a torch that PYTHON already has is used, else torch==2.13.0
-#   ARGS='-k verify'    more arguments for pytest, `blockdraft demo` or `blockdraft bench`
+#   ARGS='-k verify'    more arguments for what the target runs: pytest, `blockdraft demo`, `blockdraft bench`, ...
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -20,7 +20,7 @@ OUTER_PATH := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SOURCES := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc cmake -type f -not -name '.*')
 
-.PHONY: help demo test test-full lint bench wheel clean
+.PHONY: help demo test test-full gpu-gates lint bench wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ test-full: .venv/.built .venv/.extras-test ## the test suite with all counts; th
 	@mkdir -p build tests/results
 	@status=0; BLOCKDRAFT_TEST_FULL=1 python -m pytest --junitxml=build/test-full.xml $(ARGS) || status=$$?; \
 	python tools/test_summary.py build/test-full.xml tests/results/full.json; exit $$status
+
+gpu-gates: .venv/.built .venv/.extras-test .venv/.extras-cuda ## GPU kernels compiled for all chips, what they use held to a table
+	@python tools/gpu_gates.py $(ARGS)
 
 lint: .venv/.built .venv/.extras-dev ## ruff, mypy, clang-format and the project's own rules
 	ruff check .
