@@ -35,6 +35,7 @@ HIP = tuple(LDS)
 
 # By operator: kernels, by a regular expression on their short name, whose loops multiply matrices.
 MATRIX_KERNELS = {
+    "packed_linear": r"^packed_linear_kernel<BFloat16",
     "moe_experts": r"^moe_experts\w*_kernel<BFloat16",
     "block_attention": r"^block_attention\w*_kernel<BFloat16",
 }
