@@ -5,7 +5,8 @@
 //   recurrent_states[l, s] = v_delayed of the row
 //
 // A convolution's state is a slice of its past inputs, so committing is a gather and rolling back is doing nothing. A
-// commit row of -1 leaves its sequence untouched.
+// commit row of -1 leaves its sequence untouched; on a GPU, where the host does not look at values, so does an index
+// that is out of range.
 #include <cstdint>
 
 #include "common/dtype.h"

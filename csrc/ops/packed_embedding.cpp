@@ -20,6 +20,7 @@ Tensor packed_embedding(const Tensor& token_ids, const Tensor& packed_weight, in
                                 .packed = packed_weight.const_data_ptr(),
                                 .out = out.mutable_data_ptr(),
                                 .T = T,
+                                .V = num_embeddings,
                                 .H = embedding_dim,
                                 .pairs = pairs,
                                 .dtype = to_dtype(packed_weight.scalar_type())};

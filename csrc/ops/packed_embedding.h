@@ -1,6 +1,6 @@
 #pragma once
 // Contract of packed_embedding: rows of a packed matrix, so that a tied embedding and LM head are one copy of the
-// weights (1.07 GB in ZAYA1-8B).
+// weights (1.07 GB in ZAYA1-8B). On a GPU, where the host does not look at values, an id out of range gives zeros.
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -8,10 +8,10 @@
 namespace blockdraft {
 
 struct PackedEmbeddingParams {
-  const int32_t* token_ids;  // [T], in [0, V): checked by the host function
+  const int32_t* token_ids;  // [T], in [0, V)
   const void* packed;        // [panels, pairs, 64] of dtype
   void* out;                 // [T, H] of dtype
-  int64_t T, H, pairs;
+  int64_t T, V, H, pairs;
   DType dtype;
 };
 

@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tokens(const Tensor& token_ids
                              .committed = write<int32_t>(committed),
                              .commit_rows = write<int32_t>(commit_rows),
                              .next_tokens = write<int32_t>(next_tokens),
+                             .T = T,
                              .B = B};
   if constexpr (kBackend == Backend::kCpu) {
     run_tasks(cpu::verify_tokens, p, B, 256);

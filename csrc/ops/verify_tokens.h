@@ -7,7 +7,8 @@
 //   accepted = number of accepted drafts, committed = min(accepted + 1, limits), next = chosen of the last committed
 //   row
 //
-// stay on the device. limits[b] = 0 commits nothing: the sequence is left as it was.
+// stay on the device. limits[b] = 0 commits nothing: the sequence is left as it was. On a GPU, where the host does not
+// look at values, a sequence whose rows are not rows of the call has nothing to keep.
 #include <cstdint>
 
 namespace blockdraft {
@@ -22,7 +23,7 @@ struct VerifyTokensParams {
   int32_t* committed;             // [B]
   int32_t* commit_rows;           // [B], last committed row, -1 for none
   int32_t* next_tokens;           // [B], -1 for none
-  int64_t B;
+  int64_t T, B;
 };
 
 namespace cpu {

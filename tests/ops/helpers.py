@@ -89,6 +89,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(words), b.contiguous().view(words))
 
 
+def untouched(*size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that no one has written, not even NaN: of a huge tensor only what a test touches takes room."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return torch.empty(size, dtype=dtype)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 # Invariance.
 
 

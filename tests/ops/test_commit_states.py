@@ -15,6 +15,7 @@ from ops.helpers import (
     opcheck,
     same_bits,
     threads,
+    untouched,
 )
 
 
@@ -158,6 +159,32 @@ def test_error_messages(backend, changes, message):
 )
 def test_index_errors(cpu, changes, message):
     assert_raises(cpu, "commit_states", small_call(), changes, message)
+
+
+@dtypes
+def test_gpu_leaves_sequences_with_indices_out_of_range(gpu, dtype):
+    """Rows, slots and parents below and above; the last sequence is committed."""
+    call = make_call(2, 6, 12, 30, 6, 2, dtype)
+    parents, least, most = [-2, 6, 2**31 - 1, -(2**31), 0, -1], -(2**31), 2**31 - 1
+    rows, slots = [-2, 6, least, most, 5, 5, 5, 5, 0, 1, 2, 4], [0, 1, 2, 3, -1, 30, least, most, 8, 9, 10, 11]
+    call |= {"row_parents": int32(parents), "commit_rows": int32(rows), "state_slots": int32(slots)}
+    expected = copies(call)
+    last = {"row_parents": int32([0] * 6), "commit_rows": int32([4]), "state_slots": int32([11])}
+    blockdraft.reference.commit_states(**(expected | last))
+    for name, x in zip(("conv_states", "recurrent_states"), states_after(gpu.op("commit_states"), call), strict=True):
+        assert same_bits(x, expected[name])
+
+
+def test_rows_and_slots_beyond_32_bits(backend):
+    """Layers, rows and states of more than 2^31 elements, which are never touched but at the end."""
+    L, T, S, C, delayed = 2, 2**18, 2**16 + 8, 2**13, 32
+    qkv = untouched(L, T, C + 2 * delayed, dtype=torch.bfloat16)
+    conv, recurrent = untouched(L, S, 2, C, dtype=torch.bfloat16), untouched(L, S, delayed, dtype=torch.bfloat16)
+    qkv[1, -2:] = torch.randn(2, C + 2 * delayed)
+    parents = torch.arange(-1, T - 1, dtype=torch.int32)
+    backend.op("commit_states")(qkv, parents, int32([T - 1]), int32([S - 1]), conv, recurrent)
+    assert same_bits(conv[1, -1], qkv[1, -2:, :C])
+    assert same_bits(recurrent[1, -1], qkv[1, -1, -delayed:])
 
 
 @dtypes

@@ -41,12 +41,12 @@ def test_unpacks_to_itself(backend, shape, halves, dtype):
     assert same_bits(unpack_weight(packed, *shape[-2:], halves), weight)
 
 
-def test_layout(cpu):
+def test_layout(backend):
     """Written out once: output c and column k of panel p lie at [p, k // 2, 2 * c + k % 2], in float32 at
     [p, k // 2, 32 * (k % 2) + c]."""
     weight = torch.arange(1.0, 34 * 3 + 1).view(34, 3)
     for dtype, place in ((torch.bfloat16, lambda c, k: 2 * c + k % 2), (torch.float32, lambda c, k: 32 * (k % 2) + c)):
-        packed = cpu.op("pack_weight")(weight=weight.to(dtype), halves=1)
+        packed = backend.op("pack_weight")(weight=weight.to(dtype), halves=1)
         assert packed.shape == (2, 2, 64)
         assert all(packed[n // 32, k // 2, place(n % 32, k)] == weight[n, k] for n in range(34) for k in range(3))
         assert (packed != 0).sum() == weight.numel()

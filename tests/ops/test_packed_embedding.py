@@ -12,6 +12,7 @@ from ops.helpers import (
     each_wrong_call,
     opcheck,
     same_bits,
+    untouched,
 )
 
 
@@ -93,6 +94,25 @@ def test_error_messages(backend, changes, message):
 )
 def test_index_errors(cpu, changes, message):
     assert_raises(cpu, "packed_embedding", make_arguments(cpu, torch.randn(40, 6), [1]), changes, message)
+
+
+@dtypes
+def test_gpu_gives_zeros_for_ids_out_of_range(gpu, dtype):
+    weight, ids = torch.randn(40, 6).to(dtype), [-1, 3, 40, 63, 64, 2**31 - 1, -(2**31), 39]
+    out = gpu.op("packed_embedding")(**make_arguments(gpu, weight, ids))
+    assert same_bits(out[[1, 7]], weight[[3, 39]])
+    assert same_bits(out[[0, 2, 3, 4, 5, 6]], torch.zeros(6, 6).to(dtype))
+
+
+def test_row_beyond_32_bits(backend):
+    """Of 2^31 elements and more, which are never touched but for the last panel."""
+    V, H = 2**20 + 32, 2**11
+    packed = untouched(V // 32, H // 2, 64, dtype=torch.bfloat16)
+    panel = torch.randn(32, H).bfloat16()
+    packed[-1] = blockdraft.reference.pack_weight(panel)[0]
+    call = {"token_ids": torch.tensor([V - 1, V - 32], dtype=torch.int32), "packed_weight": packed}
+    out = backend.op("packed_embedding")(**call, num_embeddings=V, embedding_dim=H)
+    assert same_bits(out, panel[[31, 0]])
 
 
 @dtypes

@@ -146,6 +146,27 @@ def test_length_that_wraps(cpu):
     assert_raises(cpu, "verify_tokens", make_call(SMALL), changes, message)
 
 
+OUT_OF_RANGE = {
+    "length-1": {"verify_lengths": int32([-1, 2])},
+    "length-least": {"verify_lengths": int32([-(2**31), 2])},
+    "length-long": {"verify_lengths": int32([4, 2])},
+    "length-largest": {"verify_lengths": int32([2**31 - 1, 2])},
+    "rows-1": {"cu_rows": int32([-1, 3, 5])},
+    "rows-least": {"cu_rows": int32([-(2**31), 3, 5]), "verify_lengths": int32([2**31 - 1, 2])},
+    "rows-T": {"cu_rows": int32([3, 6, 5]), "verify_lengths": int32([3, 0])},
+    "rows-order": {"cu_rows": int32([4, 3, 5])},
+}
+
+
+@pytest.mark.parametrize("changes", OUT_OF_RANGE.values(), ids=list(OUT_OF_RANGE))
+def test_gpu_keeps_nothing_of_rows_out_of_range(gpu, changes):
+    call = make_call(SMALL) | changes
+    results = gpu.op("verify_tokens")(**call)
+    assert [int(x[0]) for x in results] == [0, 0, -1, -1]
+    if call["verify_lengths"][1]:
+        assert [int(x[1]) for x in results] == [1, 2, 4, 7]
+
+
 def test_opcheck():
     opcheck("verify_tokens", make_call(SMALL))
 

@@ -22,6 +22,12 @@ constexpr int kStepPairs = 16;                   // pairs of a step
 constexpr int kWarpPanels = kWarpSize / kPanel;  // panels of a warp's load
 constexpr int kTileRows = kWarpSize == 32 ? 8 : 16;
 
+// Place of (output c, k) in its pair.
+template <class T>
+__device__ constexpr int64_t in_pair(int64_t c, int64_t k) {
+  return sizeof(T) == 2 ? 2 * c + k % 2 : k % 2 * kPanel + c;
+}
+
 // Neighbouring panels of one matrix.
 template <class T>
 struct Panels {

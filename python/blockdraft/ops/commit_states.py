@@ -13,7 +13,7 @@ def commit_states(
     """Moves the CCA state of every layer to the last committed row of each sequence.
 
     The state of a convolution is a slice of its past inputs: committing is a gather, and a rejected draft leaves
-    nothing to undo.
+    nothing to undo. On a GPU, a sequence with an index out of range is left untouched.
 
     Args:
         qkv: ``[L, T, C + Hkv * D]``, float32 or bfloat16, what `cca_mix` read in each layer.

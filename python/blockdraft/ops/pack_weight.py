@@ -3,11 +3,11 @@ from torch import Tensor
 
 
 def pack_weight(weight: Tensor, halves: int = 1) -> Tensor:
-    """Reorders a weight matrix into the order in which this device's kernels stream it.
+    """Reorders a weight matrix into the order in which the kernels stream it.
 
-    On the CPU: panels of 32 rows, two neighbouring columns at a time, ``[panels, ceil(K / 2), 64]``; the inner order is
-    ``[32][2]`` in bfloat16 and ``[2][32]`` in float32. Missing rows and an odd last column are zeros. The layout is an
-    implementation detail of a device and may change between versions: pack at load time, do not store.
+    Panels of 32 rows, two neighbouring columns at a time, ``[panels, ceil(K / 2), 64]``; the inner order is ``[32][2]``
+    in bfloat16 and ``[2][32]`` in float32. Missing rows and an odd last column are zeros. All devices have the same
+    layout, so packed tensors may move between them. It may change between versions: pack at load time, do not store.
 
     Args:
         weight: ``[N, K]`` or ``[E, N, K]``, float32 or bfloat16.

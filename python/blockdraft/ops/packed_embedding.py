@@ -12,10 +12,10 @@ def packed_embedding(token_ids: Tensor, packed_weight: Tensor, num_embeddings: i
         embedding_dim: H.
 
     Returns:
-        ``[T, H]`` in the dtype of packed_weight.
+        ``[T, H]`` in the dtype of packed_weight; on a GPU, zeros for an id that is out of range.
 
     Raises:
-        RuntimeError: An argument has a wrong shape, dtype or layout, or an id is out of range.
+        RuntimeError: An argument has a wrong shape, dtype or layout, or (on the CPU) an id is out of range.
     """
     return torch.ops.blockdraft.packed_embedding(token_ids, packed_weight, num_embeddings, embedding_dim)
 

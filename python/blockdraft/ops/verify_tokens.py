@@ -20,7 +20,8 @@ def verify_tokens(
 
     Returns:
         Four ``[B]`` int32 tensors: ``accepted`` drafts, ``committed = min(accepted + 1, limits)`` rows, ``commit_rows``
-        (the last committed row, -1 for none) and ``next_tokens`` (the choice of that row, -1 for none).
+        (the last committed row, -1 for none) and ``next_tokens`` (the choice of that row, -1 for none). On a GPU a
+        sequence with a length or first row out of range is taken as one without rows to keep.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype, layout or device, or (on the CPU) a length is out of range.
