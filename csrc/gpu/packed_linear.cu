@@ -10,7 +10,7 @@ constexpr int kThreads = kWarps * kWarpSize;
 // A block takes kWarpPanels panels and kRows rows. Blocks with the same panels are neighbours: the first one that reads
 // a weight leaves it in the L2 cache for the others.
 template <class T, class Out, int kRows>
-__global__ void __launch_bounds__(kThreads) packed_linear_kernel(PackedLinearParams p) {
+__global__ void __launch_bounds__(kThreads, 2) packed_linear_kernel(PackedLinearParams p) {
   using Product = BlockProduct<T, kWarpPanels, kRows, kWarps>;
   __shared__ __align__(16) float shared[Product::kFloats];
   const int64_t chunks = (p.T + kRows - 1) / kRows;

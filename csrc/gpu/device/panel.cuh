@@ -52,8 +52,9 @@ __device__ bool is_aligned(const T* rows, int64_t stride) {
 }
 
 // Sums of a warp, kPanels panels by kRows rows:
-//   add(weights, row, K, aligned, first, stride)   steps first, first + stride, ...; row(i): row i of x, nullptr for
-//   none each(f)                                        f(i, c, four): row i, outputs c .. c + 3, each once in the warp
+//   add(weights, row, K, aligned, first, stride)   steps first, first + stride, ...; row(i): row i of x, or nullptr
+//   each(f, begin, end)                            f(i, c, four): row i, outputs c .. c + 3, each once in the warp, of
+//                                                  the rows [begin, end), whole tiles
 template <class T, int kPanels, int kRows>
 struct PanelSums;
 
@@ -62,6 +63,10 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   static_assert(kPanels % kWarpPanels == 0 && kRows % kTileRows == 0);
   static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / kTileRows;
   static constexpr int kInstructions = kWarpSize == 32 ? 2 : 4;  // for the four outputs of a load
+  // Steps on their way while one is multiplied. Up to 16 rows leave registers for 256 bytes a thread: 16 warps of an SM
+  // have 128 KB in flight, of which 32 KB hide the latency of an H200's memory. That matters where blocks are few (one
+  // row touches one expert); with more rows 4 stages of one load spilled at two blocks an SM.
+  static constexpr int kStages = kTiles > 2 || kLoads > 1 ? 2 : 4;
 
   struct Weights {
     uint4 pair[kLoads][4];
@@ -76,22 +81,26 @@ struct PanelSums<BFloat16, kPanels, kRows> {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) rows[j] = row(j * kTileRows + row_of_lane());
     const int64_t steps = (weights.pairs + kStepPairs - 1) / kStepPairs;
-    Weights next = load(weights, first);
-    for (int64_t step = first; step < steps; step += stride) {
-      const Weights now = next;
-      next = load(weights, step + stride);
+    Weights stages[kStages];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        multiply(now, load_eight(rows[j], (step * kStepPairs + quad() * 4) * 2, K, aligned), j);
-    }
+    for (int i = 0; i < kStages; ++i) stages[i] = load(weights, first + i * stride);
+    for (int64_t step = first; step < steps; step += kStages * stride)
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {  // the last round may hold steps of zeros only
+        const int64_t k = ((step + i * stride) * kStepPairs + quad() * 4) * 2;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) multiply(stages[i], load_eight(rows[j], k, K, aligned), j);
+        stages[i] = load(weights, step + (kStages + i) * stride);
+      }
   }
 
   template <class F>
-  __device__ void each(F f) const {
+  __device__ void each(F f, int begin = 0, int end = kRows) const {
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
+        if (j * kTileRows < begin || j * kTileRows >= end) continue;
         const auto& s = sums[n][j];
 #pragma unroll
         for (int i = 0; i < kWarpSize / 16; ++i) {
@@ -175,12 +184,13 @@ struct PanelSums<float, kPanels, kRows> {
   }
 
   template <class F>
-  __device__ void each(F f) const {
+  __device__ void each(F f, int begin = 0, int end = kRows) const {
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        f(4 * j + row_of_lane(), (n * kWarpPanels + panel()) * kPanel + 4 * group(), sums[n][j]);
+        if (4 * j >= begin && 4 * j < end)
+          f(4 * j + row_of_lane(), (n * kWarpPanels + panel()) * kPanel + 4 * group(), sums[n][j]);
   }
 
  private:
@@ -193,29 +203,45 @@ struct PanelSums<float, kPanels, kRows> {
   }
 };
 
-// The sums of all warps of a block, which take turns at the steps. Shared: float [kWarps][kRows][32 kPanels].
-template <class T, int kPanels, int kRows, int kWarps>
+// The sums of all warps of a block, which take turns at the steps, kPart rows after the others where shared memory
+// cannot hold those of all rows. Shared: float [kWarps][kPart][32 kPanels].
+template <class T, int kPanels, int kRows, int kWarps, int kPart = kRows>
 struct BlockProduct {
   static constexpr int kOutputs = kPanels * kPanel;
-  static constexpr int kFloats = kWarps * kRows * kOutputs;
+  static constexpr int kFloats = kWarps * kPart * kOutputs;
 
   float* shared;  // kFloats, at 16 bytes
 
-  // All threads of the block; the last barrier is in here, the one before the next use of `shared` is the caller's.
-  template <class Row>
-  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned) const {
+  // part(first): sum(i, c) is that of row first + i. All threads of the block; the barrier before the next use of
+  // `shared` is the caller's.
+  template <class Row, class Part>
+  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned, Part part) const {
+    static_assert(kRows % kPart == 0);
     const int warp = threadIdx.x / kWarpSize;
     PanelSums<T, kPanels, kRows> sums;
     sums.add(weights, row, K, aligned, warp, kWarps);
-    float* own = shared + warp * kRows * kOutputs;
-    sums.each([&](int i, int c, const float4& four) { *reinterpret_cast<float4*>(own + i * kOutputs + c) = four; });
-    __syncthreads();
+    float* own = shared + warp * kPart * kOutputs;
+#pragma unroll
+    for (int first = 0; first < kRows; first += kPart) {
+      if (first > 0) __syncthreads();
+      sums.each([&](int i, int c,
+                    const float4& four) { *reinterpret_cast<float4*>(own + (i - first) * kOutputs + c) = four; },
+                first, first + kPart);
+      __syncthreads();
+      part(first);
+    }
+  }
+
+  template <class Row>
+  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned) const {
+    static_assert(kPart == kRows, "sum() would know the last rows only");
+    multiply(weights, row, K, aligned, [](int) {});
   }
 
   __device__ float sum(int i, int c) const {
     float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) total += shared[(warp * kRows + i) * kOutputs + c];
+    for (int warp = 0; warp < kWarps; ++warp) total += shared[(warp * kPart + i) * kOutputs + c];
     return total;
   }
 };
