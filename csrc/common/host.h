@@ -49,32 +49,38 @@ void check_values(const char* op, const char* name, const Tensor& t, int64_t low
                                std::to_string(i));
 }
 
-// The float32 rows a CPU matrix product reads: x itself where it is float32 of even width, otherwise a widened copy,
-// with the rows in the order given (int32 [T], nullptr for their own).
-class WideRows {
+// x as a CPU matrix product reads it: x itself where it already is so, otherwise a copy, with the rows in the order
+// given (int32 [T], nullptr for their own).
+class ProductRows {
  public:
-  WideRows(const Tensor& x, const int32_t* order = nullptr) {
+  ProductRows(const Tensor& x, const int32_t* order = nullptr) {
     const int64_t T = x.size(0), K = x.size(1), stride = 2 * ceil_div(K, 2);
-    if (x.scalar_type() == ScalarType::Float && stride == K && !order) {
-      rows_ = read<float>(x);
+    const ScalarType dtype = row_dtype(x.scalar_type());
+    if (x.scalar_type() == dtype && stride == K && !order) {
+      rows_ = x.const_data_ptr();
       return;
     }
-    storage_ = scratch(x, {T, stride});
-    rows_ = read<float>(*storage_);
-    const WidenRowsParams p{.x = x.const_data_ptr(),
-                            .order = order,
-                            .out = write<float>(*storage_),
-                            .T = T,
-                            .K = K,
-                            .stride = stride,
-                            .dtype = to_dtype(x.scalar_type())};
-    run_tasks(cpu::widen_rows, p, T, 16384 / std::max<int64_t>(1, K));
+    storage_ = scratch(x, {T, stride}, dtype);
+    rows_ = storage_->const_data_ptr();
+    const ArrangeRowsParams p{.x = x.const_data_ptr(),
+                              .order = order,
+                              .out = storage_->mutable_data_ptr(),
+                              .T = T,
+                              .K = K,
+                              .stride = stride,
+                              .dtype = to_dtype(x.scalar_type())};
+    run_tasks(cpu::arrange_rows, p, T, 16384 / std::max<int64_t>(1, K));
   }
-  const float* rows() const { return rows_; }
+  const void* rows() const { return rows_; }
+
+  // Of the rows that meet weights of this type.
+  static ScalarType row_dtype(ScalarType weight) {
+    return multiplies_pairs() && weight == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  }
 
  private:
   std::optional<Tensor> storage_;
-  const float* rows_;
+  const void* rows_;
 };
 
 }  // namespace blockdraft

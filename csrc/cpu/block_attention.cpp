@@ -11,11 +11,12 @@ constexpr int64_t kMaxHead = 256;  // head dimensions there is room for
 constexpr float kInfinity = __builtin_inff();
 
 // Queries of one task that go through the keys together, and their running softmax.
+template <class T>
 struct Queries {
   int64_t count;
   int32_t low[kQueries], high[kQueries];  // visible positions [low, high)
   float maximum[kQueries], denominator[kQueries], correction[kQueries];
-  alignas(64) float q[kQueries * kMaxHead];
+  alignas(64) RowOf<T> q[kQueries * kMaxHead];
   alignas(64) float sums[kQueries * kMaxHead];  // [count][panels * 32]
   alignas(64) float scores[kQueries * kTile];
 };
@@ -29,7 +30,7 @@ struct Tiles {
 };
 
 template <class T>
-void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, int64_t rows, Queries& s) {
+void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, int64_t rows, Queries<T>& s) {
   const int64_t G = p.Hq / p.Hkv, panels = blocks(p.D, kPanel);
   const int32_t group = task.group_end - task.group_begin;
   s.count = rows * G;
@@ -41,7 +42,7 @@ void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int6
     s.maximum[i] = -kInfinity;
     s.denominator[i] = 0;
     const T* q = static_cast<const T*>(p.q) + (row * p.Hq + head) * p.D;
-    for (int64_t d = 0; d < p.D; ++d) s.q[i * p.D + d] = widen(q[d]);
+    arrange_row(q, p.D, s.q + i * p.D, p.D);
   }
   __builtin_memset(s.sums, 0, s.count * panels * kPanel * sizeof(float));
 }
@@ -77,7 +78,8 @@ void find_tile(const BlockAttentionParams& p, const AttentionTask& task, int32_t
 }
 
 // Running softmax of one query over a tile: scores become weights.
-void update_softmax(Queries& s, int64_t i, int32_t first) {
+template <class T>
+void update_softmax(Queries<T>& s, int64_t i, int32_t first) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Vec score[2];
   for (int j = 0; j < 2; ++j) {
@@ -101,7 +103,7 @@ void update_softmax(Queries& s, int64_t i, int32_t first) {
 
 // sums = sums * correction + weights * values for queries [begin, begin + count).
 template <class T>
-void add_values(const BlockAttentionParams& p, Queries& s, int64_t begin, int64_t count, const T* values) {
+void add_values(const BlockAttentionParams& p, Queries<T>& s, int64_t begin, int64_t count, const T* values) {
   const int64_t panels = blocks(p.D, kPanel), width = panels * kPanel;
   for (int64_t panel = 0; panel < panels; ++panel)
     multiply_panel(s.scores + begin * kTile, kTile, count, values + panel * kPanel * kTile, kTile / 2,
@@ -122,7 +124,7 @@ bool is_finite(const T* values, int64_t n) {
 // A weight of 0 does not hide a value that is not finite. Where a tile has one and a query does not see all of the
 // tile, each query gets a copy in which what it does not see is cleared: another row's NaN stays in that row.
 template <class T>
-void add_values_apart(const BlockAttentionParams& p, Queries& s, int32_t first, const T* values, T* own) {
+void add_values_apart(const BlockAttentionParams& p, Queries<T>& s, int32_t first, const T* values, T* own) {
   const int64_t size = kTile * blocks(p.D, kPanel) * kPanel;
   const T zeros[kMaxHead] = {};
   for (int64_t i = 0; i < s.count; ++i) {
@@ -134,7 +136,7 @@ void add_values_apart(const BlockAttentionParams& p, Queries& s, int32_t first, 
 }
 
 template <class T>
-void attend_tile(const BlockAttentionParams& p, Queries& s, int32_t first, const T* keys, const T* values, T* own) {
+void attend_tile(const BlockAttentionParams& p, Queries<T>& s, int32_t first, const T* keys, const T* values, T* own) {
   multiply_panel(s.q, p.D, s.count, keys, p.D / 2, [&](int64_t i, const Vec(&total)[2]) {
     store(s.scores + i * kTile, total[0] * p.softmax_scale);
     store(s.scores + i * kTile + kLanes, total[1] * p.softmax_scale);
@@ -150,7 +152,8 @@ void attend_tile(const BlockAttentionParams& p, Queries& s, int32_t first, const
     add_values(p, s, 0, s.count, values);
 }
 
-void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, const Queries& s) {
+template <class T>
+void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, const Queries<T>& s) {
   const int64_t G = p.Hq / p.Hkv, width = blocks(p.D, kPanel) * kPanel;
   for (int64_t i = 0; i < s.count; ++i) {
     const int64_t row = first + i / G, head = task.head * G + i % G;
@@ -165,7 +168,7 @@ void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int
 template <class T>
 void attend(const BlockAttentionParams& p, const AttentionTask& task) {
   const int64_t G = p.Hq / p.Hkv, step = kQueries / G;
-  Queries s;
+  Queries<T> s;
   Tiles<T> own;
   for (int64_t first = task.first_row; first < task.first_row + task.rows; first += step) {
     load_queries<T>(p, task, first, minimum(step, task.first_row + task.rows - first), s);

@@ -15,20 +15,24 @@
 #include "ops/verify_tokens.h"
 
 #ifdef __x86_64__
-#define BLOCKDRAFT_CPU_KERNEL(name, Params)                               \
-  namespace base {                                                        \
-  void name(const Params& p, int64_t begin, int64_t end);                 \
-  }                                                                       \
-  namespace avx2 {                                                        \
-  void name(const Params& p, int64_t begin, int64_t end);                 \
-  }                                                                       \
-  namespace avx512 {                                                      \
-  void name(const Params& p, int64_t begin, int64_t end);                 \
-  }                                                                       \
-  void name(const Params& p, int64_t begin, int64_t end) {                \
-    if (cpu_isa() == CpuIsa::kAvx512) return avx512::name(p, begin, end); \
-    if (cpu_isa() == CpuIsa::kAvx2) return avx2::name(p, begin, end);     \
-    base::name(p, begin, end);                                            \
+#define BLOCKDRAFT_CPU_KERNEL(name, Params)                                       \
+  namespace base {                                                                \
+  void name(const Params& p, int64_t begin, int64_t end);                         \
+  }                                                                               \
+  namespace avx2 {                                                                \
+  void name(const Params& p, int64_t begin, int64_t end);                         \
+  }                                                                               \
+  namespace avx512 {                                                              \
+  void name(const Params& p, int64_t begin, int64_t end);                         \
+  }                                                                               \
+  namespace avx512bf16 {                                                          \
+  void name(const Params& p, int64_t begin, int64_t end);                         \
+  }                                                                               \
+  void name(const Params& p, int64_t begin, int64_t end) {                        \
+    if (cpu_isa() == CpuIsa::kAvx512Bf16) return avx512bf16::name(p, begin, end); \
+    if (cpu_isa() == CpuIsa::kAvx512) return avx512::name(p, begin, end);         \
+    if (cpu_isa() == CpuIsa::kAvx2) return avx2::name(p, begin, end);             \
+    base::name(p, begin, end);                                                    \
   }
 #else
 #define BLOCKDRAFT_CPU_KERNEL(name, Params)               \
@@ -60,6 +64,6 @@ BLOCKDRAFT_CPU_KERNEL(packed_linear, PackedLinearParams)
 BLOCKDRAFT_CPU_KERNEL(reject_drafts, RejectDraftsParams)
 BLOCKDRAFT_CPU_KERNEL(residual_norm, ResidualNormParams)
 BLOCKDRAFT_CPU_KERNEL(verify_tokens, VerifyTokensParams)
-BLOCKDRAFT_CPU_KERNEL(widen_rows, WidenRowsParams)
+BLOCKDRAFT_CPU_KERNEL(arrange_rows, ArrangeRowsParams)
 
 }  // namespace blockdraft::cpu

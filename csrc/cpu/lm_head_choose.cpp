@@ -53,9 +53,9 @@ void head_block(const LmHeadChooseParams& p, int64_t block) {
   for (int64_t t = 0; t < p.T; ++t) start_row(partial + t * kPartial);
   for (int64_t panel = block * kHeadPanels; panel < minimum(p.panels, (block + 1) * kHeadPanels); ++panel) {
     const W* weight = static_cast<const W*>(p.packed) + panel * p.pairs * kPair;
-    multiply_panel(p.hidden_states, 2 * p.pairs, p.T, weight, p.pairs, [&](int64_t t, const Vec(&total)[2]) {
-      add_panel(p, t, panel * kPanel, total, partial + t * kPartial);
-    });
+    multiply_panel(
+        static_cast<const RowOf<W>*>(p.rows), 2 * p.pairs, p.T, weight, p.pairs,
+        [&](int64_t t, const Vec(&total)[2]) { add_panel(p, t, panel * kPanel, total, partial + t * kPartial); });
   }
 }
 

@@ -14,8 +14,8 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
   Vec gates[kBlockRows][2];
   for (int64_t first = p.expert_rows[touched]; first < p.expert_rows[touched + 1]; first += kBlockRows) {
     const int64_t rows = minimum(kBlockRows, p.expert_rows[touched + 1] - first);
-    const float* x = p.x + first * 2 * p.pairs;
-    float* hidden = p.hidden + first * stride + panel * kPanel;
+    const auto* x = static_cast<const RowOf<W>*>(p.x) + first * 2 * p.pairs;
+    auto* hidden = static_cast<RowOf<W>*>(p.hidden) + first * stride + panel * kPanel;
     multiply_panel(x, 2 * p.pairs, rows, gate, p.pairs, [&](int64_t t, const Vec(&total)[2]) {
       gates[t][0] = total[0];
       gates[t][1] = total[1];
@@ -24,7 +24,7 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
       for (int64_t j = 0; j < 2; ++j) {
         const Vec product = silu(gates[t][j]) * total[j];
         for (int64_t c = 0; c < minimum(kLanes, n - j * kLanes); ++c)
-          hidden[t * stride + j * kLanes + c] = as_stored<W>(product[c]);
+          narrow_to_row<W>(product[c], hidden + t * stride + j * kLanes + c);
       }
     });
   }
@@ -36,8 +36,8 @@ void down_panel(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
   const W* weight =
       static_cast<const W*>(p.down_proj) + (p.expert_ids[touched] * panels + panel) * p.inner_pairs * kPair;
   const int64_t n = p.H - panel * kPanel;
-  multiply_panel(p.hidden + first * stride, stride, p.expert_rows[touched + 1] - first, weight, p.inner_pairs,
-                 [&](int64_t t, const Vec(&total)[2]) {
+  multiply_panel(static_cast<const RowOf<W>*>(p.hidden) + first * stride, stride, p.expert_rows[touched + 1] - first,
+                 weight, p.inner_pairs, [&](int64_t t, const Vec(&total)[2]) {
                    const int64_t row = p.sorted_rows[first + t];
                    const Vec weighted[2] = {total[0] * p.topk_weights[row], total[1] * p.topk_weights[row]};
                    store_panel(static_cast<W*>(p.out) + row * p.H + panel * kPanel, weighted, n);

@@ -10,19 +10,24 @@ void linear_panel(const PackedLinearParams& p, int64_t panel) {
   const W* weight = static_cast<const W*>(p.packed) + panel * p.pairs * kPair;
   T* out = static_cast<T*>(p.out) + panel * kPanel;
   const int64_t n = p.N - panel * kPanel;
-  multiply_panel(p.wide, 2 * p.pairs, p.T, weight, p.pairs,
+  multiply_panel(static_cast<const RowOf<W>*>(p.rows), 2 * p.pairs, p.T, weight, p.pairs,
                  [&](int64_t t, const Vec(&total)[2]) { store_panel(out + t * p.N, total, n); });
+}
+
+template <class T>
+void arrange(const ArrangeRowsParams& p, int64_t t) {
+  const int64_t row = p.order ? p.order[t] : t;
+  arrange_row(static_cast<const T*>(p.x) + row * p.K, p.K, static_cast<RowOf<T>*>(p.out) + t * p.stride, p.stride);
 }
 
 }  // namespace
 
-void widen_rows(const WidenRowsParams& p, int64_t begin, int64_t end) {
+void arrange_rows(const ArrangeRowsParams& p, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t row = p.order ? p.order[t] : t;
     if (p.dtype == DType::kBFloat16)
-      widen_row(static_cast<const BFloat16*>(p.x) + row * p.K, p.K, p.out + t * p.stride, p.stride);
+      arrange<BFloat16>(p, t);
     else
-      widen_row(static_cast<const float*>(p.x) + row * p.K, p.K, p.out + t * p.stride, p.stride);
+      arrange<float>(p, t);
   }
 }
 

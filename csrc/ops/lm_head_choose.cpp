@@ -14,10 +14,10 @@ bool is_truncated(const LmHeadChooseParams& p, int64_t t) {
 void run_cpu(LmHeadChooseParams& p, const Tensor& hidden_states) {
   check_laws("lm_head_choose", p);
   const ScratchRows truncated(p.T, [&](int64_t t) { return is_truncated(p, t); });
-  const WideRows rows(hidden_states);
+  const ProductRows rows(hidden_states);
   const Tensor partial = scratch(hidden_states, {p.blocks, p.T, 5});
   const Tensor logits = scratch(hidden_states, {2, truncated.count, p.panels * kPanelOutputs});
-  p.hidden_states = rows.rows();
+  p.rows = rows.rows();
   p.logits_rows = truncated.rows.data();
   p.partial = write<float>(partial);
   p.logits = write<float>(logits);
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> lm_head_choose(const Tensor& hidden_states, const Ten
 
   Tensor tokens = scratch(hidden_states, {T}, ScalarType::Int), logprobs = scratch(hidden_states, {T});
   if (T == 0) return {tokens, logprobs};
-  LmHeadChooseParams p{.hidden_states = nullptr,
+  LmHeadChooseParams p{.rows = nullptr,
                        .packed = packed_weight.const_data_ptr(),
                        .temperature = read<float>(temperature),
                        .top_k = read<int32_t>(top_k),

@@ -18,7 +18,7 @@
 namespace blockdraft {
 
 struct LmHeadChooseParams {
-  const float* hidden_states;  // [T, 2 * pairs] float32, zero from H on
+  const void* rows;            // CPU: hidden_states [T, 2 * pairs] as products read them (packed_linear.h)
   const void* packed;          // [panels, pairs, 64] of dtype
   const float* temperature;    // [T], 0 is greedy
   const int32_t* top_k;        // [T], 0 is off

@@ -26,14 +26,14 @@ struct Grouping {
 void run_cpu(MoeExpertsParams& p, const Tensor& x, const int32_t* topk_ids, int64_t E) {
   const Grouping grouping(topk_ids, p.T, E);
   const int64_t routed = grouping.expert_rows.back();
-  const WideRows rows(x, grouping.sorted_rows.data());
-  const Tensor hidden = scratch(x, {p.T, 2 * p.inner_pairs});
+  const ProductRows rows(x, grouping.sorted_rows.data());
+  const Tensor hidden = scratch(x, {p.T, 2 * p.inner_pairs}, ProductRows::row_dtype(x.scalar_type()));
   p.x = rows.rows();
   p.sorted_rows = grouping.sorted_rows.data();
   p.expert_rows = grouping.expert_rows.data();
   p.expert_ids = grouping.expert_ids.data();
   p.touched = static_cast<int64_t>(grouping.expert_ids.size());
-  p.hidden = write<float>(hidden);
+  p.hidden = hidden.mutable_data_ptr();
   const int64_t mean_rows = std::max<int64_t>(1, routed / std::max<int64_t>(1, p.touched));
   run_tasks(cpu::moe_experts_up, p, p.touched * ceil_div(p.I, kPanelOutputs), 8192 / (p.pairs * mean_rows));
   run_tasks(cpu::moe_experts_down, p, p.touched * ceil_div(p.H, kPanelOutputs), 16384 / (p.inner_pairs * mean_rows));

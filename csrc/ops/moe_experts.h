@@ -12,16 +12,16 @@
 namespace blockdraft {
 
 struct MoeExpertsParams {
-  const float* x;              // [T, 2 * pairs] float32 in the order of sorted_rows, zero from H on
+  const void* x;               // [T, 2 * pairs] in the order of sorted_rows, as products read it (packed_linear.h)
   const int32_t* sorted_rows;  // [T], rows by expert, skipped rows last
   const int32_t* expert_rows;  // [touched + 1], where each touched expert's rows begin in sorted_rows
   const int32_t* expert_ids;   // [touched]
   const float* topk_weights;   // [T]
   const void* gate_up_proj;    // packed [E, 2 * ceil(I / 32), pairs, 64] of dtype, gate and up panels in turn
   const void* down_proj;       // packed [E, ceil(H / 32), inner_pairs, 64] of dtype
-  float* hidden;               // scratch [T, 2 * inner_pairs], in the order of sorted_rows
-  const void* skipped;         // x [T, H] of dtype where a skipped row gives weight * x, else nullptr
-  void* out;                   // [T, H] of dtype
+  void* hidden;         // scratch [T, 2 * inner_pairs] of rows as products read them, in the order of sorted_rows
+  const void* skipped;  // x [T, H] of dtype where a skipped row gives weight * x, else nullptr
+  void* out;            // [T, H] of dtype
   int64_t T, H, I, touched, pairs, inner_pairs;
   DType dtype;
 };

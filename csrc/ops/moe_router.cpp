@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
                     .eps = static_cast<float>(eps),
                     .dtype = to_dtype(x.scalar_type())};
   if constexpr (kBackend == Backend::kCpu) {
-    const WideRows rows(x);
+    const ProductRows rows(x);
     const Tensor hidden = scratch(x, {2, T, hidden_stride});
     p.x = rows.rows();
     p.hidden = write<float>(hidden);

@@ -14,7 +14,7 @@
 namespace blockdraft {
 
 struct MoeRouterParams {
-  const float* x;                    // [T, 2 * pairs] float32, zero from H on
+  const void* x;                     // [T, 2 * pairs], as products read it (packed_linear.h)
   const float* router_states;        // [T, R], may be nullptr (layer 0)
   const float* router_states_scale;  // [R], nullptr where router_states is
   const void* down_proj;             // packed [ceil(R / 32), pairs, 64] of dtype

@@ -18,7 +18,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
   Tensor out = torch::stable::new_empty(x, {T, out_features}, dtype);
   if (T == 0) return out;
   PackedLinearParams p{.x = x.const_data_ptr(),
-                       .wide = nullptr,
+                       .rows = nullptr,
                        .packed = packed_weight.const_data_ptr(),
                        .out = out.mutable_data_ptr(),
                        .T = T,
@@ -29,8 +29,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
                        .dtype = to_dtype(x.scalar_type()),
                        .out_float32 = out_float32};
   if constexpr (kBackend == Backend::kCpu) {
-    const WideRows rows(x);
-    p.wide = rows.rows();
+    const ProductRows rows(x);
+    p.rows = rows.rows();
     run_tasks(cpu::packed_linear, p, panels, 16384 / (pairs * T));
   } else {
     launch_gpu("packed_linear", x, [&](void* stream) { return gpu::packed_linear(p, stream); });

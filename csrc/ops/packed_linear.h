@@ -9,7 +9,7 @@ namespace blockdraft {
 
 struct PackedLinearParams {
   const void* x;       // [T, K] of dtype
-  const float* wide;   // CPU: x [T, 2 * pairs] in float32, zero from K on
+  const void* rows;    // CPU: x [T, 2 * pairs] as products read it (ArrangeRowsParams)
   const void* packed;  // [panels, pairs, 64] of dtype
   void* out;           // [T, N] of dtype, float32 where out_float32
   int64_t T, N, K, panels, pairs;
@@ -17,18 +17,19 @@ struct PackedLinearParams {
   bool out_float32;
 };
 
-// Rows of dtype to the padded float32 rows that matrix products read.
-struct WidenRowsParams {
+// Rows of dtype to rows as the CPU's matrix products read them: zero from K on, and float32, or bfloat16 where the
+// instruction set multiplies pairs of it (common/cpu_isa.h).
+struct ArrangeRowsParams {
   const void* x;         // [T, K] of dtype
   const int32_t* order;  // [T], source row of each output row; nullptr for the identity
-  float* out;            // [T, stride]
+  void* out;             // [T, stride]
   int64_t T, K, stride;
   DType dtype;
 };
 
 namespace cpu {
 // Rows [begin, end) of out.
-void widen_rows(const WidenRowsParams& p, int64_t begin, int64_t end);
+void arrange_rows(const ArrangeRowsParams& p, int64_t begin, int64_t end);
 // Panels [begin, end).
 void packed_linear(const PackedLinearParams& p, int64_t begin, int64_t end);
 }  // namespace cpu

@@ -10,7 +10,7 @@ import pytest
 import blockdraft
 
 REPOSITORY = Path(__file__).parents[2]
-ISAS = ["base", "avx2", "avx512"]
+ISAS = ["base", "avx2", "avx512", "avx512bf16"]
 LOWER = ISAS[: ISAS.index(blockdraft.cpu_isa())]
 
 
@@ -50,7 +50,7 @@ PACK = "import torch, blockdraft; blockdraft.ops.pack_weight(torch.ones({rows}, 
 def test_unknown_isa_raises(code):
     result = run("sse9", "-c", code)
     assert result.returncode == 1
-    assert result.stderr.strip().endswith("RuntimeError: BLOCKDRAFT_CPU_ISA must be base, avx2 or avx512, got sse9")
+    assert result.stderr.strip().endswith("RuntimeError: BLOCKDRAFT_CPU_ISA must be base, avx2, avx512 or avx512bf16, got sse9")
 
 
 def test_empty_variable_is_none():
