@@ -53,35 +53,39 @@ std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_
   Tensor q = torch::stable::new_empty(qkv, {T, Hq, D}), k = torch::stable::new_empty(qkv, {T, Hkv, D}),
          v = torch::stable::new_empty(qkv, {T, Hkv, D});
   if (T == 0) return {q, k, v};
-  const Tensor rotary = scratch(qkv, {T, 2, half}), mixed = scratch(qkv, {heads, T, 2 * D});
-  const CcaMixParams p{.qkv = qkv.const_data_ptr(),
-                       .row_parents = read<int32_t>(row_parents),
-                       .row_positions = read<int32_t>(row_positions),
-                       .row_states = read<int32_t>(row_states),
-                       .row_slots = read<int64_t>(row_slots),
-                       .conv_states = conv_states.const_data_ptr(),
-                       .recurrent_states = recurrent_states.const_data_ptr(),
-                       .conv_qk_depthwise = read<float>(conv_qk_depthwise),
-                       .conv_depthwise_bias = read<float>(conv_depthwise_bias),
-                       .conv_qk_grouped = conv_qk_grouped.const_data_ptr(),
-                       .conv_grouped_bias = read<float>(conv_grouped_bias),
-                       .temp = read<float>(temp),
-                       .inverse_frequencies = read<float>(inverse_frequencies),
-                       .rotary = write<float>(rotary),
-                       .mixed = write<float>(mixed),
-                       .q = q.mutable_data_ptr(),
-                       .k = k.mutable_data_ptr(),
-                       .v = v.mutable_data_ptr(),
-                       .k_pages = k_pages.mutable_data_ptr(),
-                       .v_pages = v_pages.mutable_data_ptr(),
-                       .T = T,
-                       .Hq = Hq,
-                       .Hkv = Hkv,
-                       .D = D,
-                       .half_rotary = half,
-                       .page_size = page_size,
-                       .dtype = to_dtype(qkv.scalar_type())};
+  CcaMixParams p{.qkv = qkv.const_data_ptr(),
+                 .row_parents = read<int32_t>(row_parents),
+                 .row_positions = read<int32_t>(row_positions),
+                 .row_states = read<int32_t>(row_states),
+                 .row_slots = read<int64_t>(row_slots),
+                 .conv_states = conv_states.const_data_ptr(),
+                 .recurrent_states = recurrent_states.const_data_ptr(),
+                 .conv_qk_depthwise = read<float>(conv_qk_depthwise),
+                 .conv_depthwise_bias = read<float>(conv_depthwise_bias),
+                 .conv_qk_grouped = conv_qk_grouped.const_data_ptr(),
+                 .conv_grouped_bias = read<float>(conv_grouped_bias),
+                 .temp = read<float>(temp),
+                 .inverse_frequencies = read<float>(inverse_frequencies),
+                 .rotary = nullptr,
+                 .mixed = nullptr,
+                 .q = q.mutable_data_ptr(),
+                 .k = k.mutable_data_ptr(),
+                 .v = v.mutable_data_ptr(),
+                 .k_pages = k_pages.mutable_data_ptr(),
+                 .v_pages = v_pages.mutable_data_ptr(),
+                 .T = T,
+                 .Hq = Hq,
+                 .Hkv = Hkv,
+                 .D = D,
+                 .S = S,
+                 .N = N,
+                 .half_rotary = half,
+                 .page_size = page_size,
+                 .dtype = to_dtype(qkv.scalar_type())};
   if constexpr (kBackend == Backend::kCpu) {
+    const Tensor rotary = scratch(qkv, {T, 2, half}), mixed = scratch(qkv, {heads, T, 2 * D});
+    p.rotary = write<float>(rotary);
+    p.mixed = write<float>(mixed);
     run_tasks(cpu::cca_mix_rotary, p, T, 64);
     run_tasks(cpu::cca_mix, p, heads * ceil_div(T, 16), 65536 / (D * D));
     run_tasks(cpu::cca_mix_store, p, T, 16);

@@ -12,6 +12,9 @@
 //
 // One operator for prefill, decoding, verification, mask groups and packed sequences: they differ in parents alone.
 // u and v_delayed are in the storage type before any use, so a fresh and a cached row are equal.
+//
+// Indices out of range raise on the CPU. A GPU kernel takes such a parent for -1, such a state for zeros, and leaves
+// the key of such a slot out of the pages.
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -32,14 +35,14 @@ struct CcaMixParams {
   const float* conv_grouped_bias;    // [C]
   const float* temp;                 // [Hkv]
   const float* inverse_frequencies;  // [rotary / 2]
-  float* rotary;                     // scratch [T, 2, rotary / 2]: cosines, sines
-  float* mixed;                      // scratch [Hq + Hkv, T, 2 * D]: m' and m of a head
+  float* rotary;                     // CPU: scratch [T, 2, rotary / 2]: cosines, sines
+  float* mixed;                      // CPU: scratch [Hq + Hkv, T, 2 * D]: m' and m of a head
   void* q;                           // [T, Hq, D] of dtype
   void* k;                           // [T, Hkv, D] of dtype
   void* v;                           // [T, Hkv, D] of dtype
   void* k_pages;                     // [N, Hkv, page_size / 32, D / 2 * 64]: 32 keys as the outputs of a panel
   void* v_pages;                     // [N, Hkv, page_size / 32, ceil(D / 32) * 16 * 64]: D as outputs, keys as k
-  int64_t T, Hq, Hkv, D, half_rotary, page_size;
+  int64_t T, Hq, Hkv, D, S, N, half_rotary, page_size;
   DType dtype;
 };
 

@@ -24,6 +24,7 @@ from ops.helpers import (
     opcheck,
     same_bits,
     sum_error,
+    untouched,
 )
 
 STATES = 5
@@ -162,7 +163,7 @@ def test_matches_float64(backend, Hq, Hkv, D, rotary, lengths, dtype):
     layer = Layer(backend, Hq, Hkv, D, rotary, dtype)
     T = sum(lengths)
     parents, states = random_tree(lengths)
-    call = layer.call(layer.rows(T), parents, states, positions=torch.randint(100_000, (T,)))
+    call = layer.call(layer.rows(T), parents, states, positions=torch.randint(131_072, (T,)))
     q, k, v = backend.op("cca_mix")(**call)
     assert q.dtype == k.dtype == dtype
     exact = in_float64(layer, call)
@@ -328,7 +329,7 @@ def test_mask_groups_do_not_touch_the_chain(backend, dtype):
 @dtypes
 def test_batch_invariance(backend, dtype):
     """64 sequences of three rows, each with its own state and slots."""
-    layer = Layer(backend, 4, 2, 128, 64, dtype, pages=6, states=64)
+    layer = Layer(backend, 4, 2, *((32, 16) if backend.emulated else (128, 64)), dtype, pages=6, states=64)
     rows = layer.rows(64 * 3).view(64, 3, -1)
 
     def run(indices: Tensor) -> tuple[Tensor, ...]:
@@ -364,6 +365,22 @@ def test_nan_stays_with_its_descendants(backend, dtype):
     for page, expected in zip(layer.all_keys(), clean[1:], strict=True):
         assert same_bits(page[others], expected[others])
         assert page[8:].isnan().all()
+
+
+def test_states_and_pages_beyond_32_bits(backend):
+    """Of more than 2^31 elements, which are never touched but at the end."""
+    layer = Layer(backend, 4, 2, 16, 8, torch.bfloat16)
+    rows, slots = layer.rows(3), torch.arange(125, 128)
+    expected = layer.mix(rows, [-1, 0, -1], 4, slots=slots)
+    expected += tuple(x[-1].clone() for x in (layer.k_pages, layer.v_pages))
+    last = {name: getattr(layer, name)[-1] for name in ("conv_states", "recurrent_states", "k_pages", "v_pages")}
+    states, pages = 2**31 // (2 * layer.C) + 2, 2**31 // last["k_pages"].numel() + 2
+    for name, x in last.items():
+        setattr(layer, name, untouched(pages if "pages" in name else states, *x.shape, dtype=x.dtype))
+        getattr(layer, name)[-1] = x
+    results = layer.mix(rows, [-1, 0, -1], states - 1, slots=slots + 32 * (pages - 4))
+    for ours, value in zip((*results, layer.k_pages[-1], layer.v_pages[-1]), expected, strict=True):
+        assert same_bits(ours, value)
 
 
 def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3) -> dict[str, Tensor]:
@@ -468,6 +485,27 @@ def test_head_size_without_kernel(backend, D):
 )
 def test_index_errors(cpu, changes, message):
     assert_raises(cpu, "cca_mix", small_call(cpu), changes, message)
+
+
+@dtypes
+def test_gpu_takes_indices_out_of_range(gpu, dtype):
+    """A parent for -1, a state for zeros; the key of a slot stays out of the pages."""
+    layer = Layer(gpu, 4, 2, 16, 8, dtype)
+    least, most = -(2**31), 2**31 - 1
+    rows, slots = layer.rows(8), torch.tensor([128, 0, -2, 2**40, 127, -(2**63), 5, 2**63 - 1])
+    parents, states = [-2, 8, 1, least, most, 2, -1, 6], [0, 1, 1, 2, 3, 1, 4, 4]
+    valid = [-1, -1, 1, -1, -1, 2, -1, 6], states
+    results = [layer.mix(rows, parents, states, slots=slots)]
+    written = layer.k_pages.clone(), layer.v_pages.clone()
+    results.append(layer.mix(rows, *valid, slots=[-1, 0, -1, -1, 127, -1, 5, -1]))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(layer.k_pages, written[0])
+    assert same_bits(layer.v_pages, written[1])
+
+    layer.conv_states[3], layer.recurrent_states[3] = 0, 0
+    unknown = [-1, STATES, most, least, 3, -1, STATES, most]
+    results = [layer.mix(rows, valid[0], x) for x in (unknown, 3)]
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
 @dtypes
