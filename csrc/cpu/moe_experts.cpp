@@ -8,13 +8,13 @@ namespace {
 // Gate panel, then up panel over the same rows; the gate's sums wait in a buffer of one row block.
 template <class W>
 void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
-  const int64_t panels = blocks(p.I, kPanel), size = p.pairs * kPair, stride = 2 * p.inner_pairs;
+  const int64_t panels = blocks(p.I, kPanel), size = p.pairs * kPair, stride = p.hidden_stride;
   const W* gate = static_cast<const W*>(p.gate_up_proj) + (p.expert_ids[touched] * panels + panel) * 2 * size;
   const int64_t n = minimum(kPanel, stride - panel * kPanel);
   Vec gates[kBlockRows][2];
   for (int64_t first = p.expert_rows[touched]; first < p.expert_rows[touched + 1]; first += kBlockRows) {
     const int64_t rows = minimum(kBlockRows, p.expert_rows[touched + 1] - first);
-    const auto* x = static_cast<const RowOf<W>*>(p.x) + first * 2 * p.pairs;
+    const auto* x = static_cast<const RowOf<W>*>(p.rows) + first * 2 * p.pairs;
     auto* hidden = static_cast<RowOf<W>*>(p.hidden) + first * stride + panel * kPanel;
     multiply_panel(x, 2 * p.pairs, rows, gate, p.pairs, [&](int64_t t, const Vec(&total)[2]) {
       gates[t][0] = total[0];
@@ -32,7 +32,7 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
 
 template <class W>
 void down_panel(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
-  const int64_t panels = blocks(p.H, kPanel), stride = 2 * p.inner_pairs, first = p.expert_rows[touched];
+  const int64_t panels = blocks(p.H, kPanel), stride = p.hidden_stride, first = p.expert_rows[touched];
   const W* weight =
       static_cast<const W*>(p.down_proj) + (p.expert_ids[touched] * panels + panel) * p.inner_pairs * kPair;
   const int64_t n = p.H - panel * kPanel;
@@ -47,7 +47,7 @@ void down_panel(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
 template <class T>
 void skip_row(const MoeExpertsParams& p, int64_t row) {
   T* out = static_cast<T*>(p.out) + row * p.H;
-  const T* x = p.skipped ? static_cast<const T*>(p.skipped) + row * p.H : nullptr;
+  const T* x = p.skip_identity ? static_cast<const T*>(p.x) + row * p.H : nullptr;
   for (int64_t h = 0; h < p.H; ++h) narrow(x ? widen(x[h]) * p.topk_weights[row] : 0.0f, out + h);
 }
 

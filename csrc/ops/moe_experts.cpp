@@ -23,12 +23,13 @@ struct Grouping {
   }
 };
 
-void run_cpu(MoeExpertsParams& p, const Tensor& x, const int32_t* topk_ids, int64_t E) {
-  const Grouping grouping(topk_ids, p.T, E);
+void run_cpu(MoeExpertsParams& p, const Tensor& x) {
+  const Grouping grouping(p.topk_ids, p.T, p.E);
   const int64_t routed = grouping.expert_rows.back();
   const ProductRows rows(x, grouping.sorted_rows.data());
-  const Tensor hidden = scratch(x, {p.T, 2 * p.inner_pairs}, ProductRows::row_dtype(x.scalar_type()));
-  p.x = rows.rows();
+  p.hidden_stride = 2 * p.inner_pairs;
+  const Tensor hidden = scratch(x, {p.T, p.hidden_stride}, ProductRows::row_dtype(x.scalar_type()));
+  p.rows = rows.rows();
   p.sorted_rows = grouping.sorted_rows.data();
   p.expert_rows = grouping.expert_rows.data();
   p.expert_ids = grouping.expert_ids.data();
@@ -39,6 +40,13 @@ void run_cpu(MoeExpertsParams& p, const Tensor& x, const int32_t* topk_ids, int6
   run_tasks(cpu::moe_experts_down, p, p.touched * ceil_div(p.H, kPanelOutputs), 16384 / (p.inner_pairs * mean_rows));
   p.sorted_rows += routed;
   run_tasks(cpu::moe_experts_skip, p, p.T - routed, 8);
+}
+
+void run_gpu(MoeExpertsParams& p, const Tensor& x) {
+  p.hidden_stride = 8 * ceil_div(p.I, 8);  // rows at 16 bytes
+  const Tensor hidden = scratch(x, {p.T, p.hidden_stride}, x.scalar_type());
+  p.hidden = hidden.mutable_data_ptr();
+  launch_gpu("moe_experts", x, [&](void* stream) { return gpu::moe_experts(p, stream); });
 }
 
 Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate_up_proj,
@@ -60,28 +68,31 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
 
   Tensor out = torch::stable::empty_like(x);
   if (T == 0) return out;
-  MoeExpertsParams p{.x = nullptr,
+  MoeExpertsParams p{.x = x.const_data_ptr(),
+                     .rows = nullptr,
                      .sorted_rows = nullptr,
                      .expert_rows = nullptr,
                      .expert_ids = nullptr,
+                     .topk_ids = read<int32_t>(topk_ids),
                      .topk_weights = read<float>(topk_weights),
                      .gate_up_proj = gate_up_proj.const_data_ptr(),
                      .down_proj = down_proj.const_data_ptr(),
                      .hidden = nullptr,
-                     .skipped = skip_identity ? x.const_data_ptr() : nullptr,
                      .out = out.mutable_data_ptr(),
                      .T = T,
                      .H = H,
                      .I = intermediate_size,
+                     .E = E,
                      .touched = 0,
                      .pairs = h_pairs,
                      .inner_pairs = i_pairs,
-                     .dtype = to_dtype(x.scalar_type())};
-  if constexpr (kBackend == Backend::kCpu) {
-    run_cpu(p, x, read<int32_t>(topk_ids), E);
-  } else {
-    launch_gpu("moe_experts", x, [&](void* stream) { return gpu::moe_experts(p, stream); });
-  }
+                     .hidden_stride = 0,
+                     .dtype = to_dtype(x.scalar_type()),
+                     .skip_identity = skip_identity};
+  if constexpr (kBackend == Backend::kCpu)
+    run_cpu(p, x);
+  else
+    run_gpu(p, x);
   return out;
 }
 

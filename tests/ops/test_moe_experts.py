@@ -103,8 +103,9 @@ skips = pytest.mark.parametrize("skip_identity", [False, True], ids=["skip0", "s
     (3, 31, 33, 5),
     (33, 33, 31, 16),
     (7, 64, 32, 17),
-    (64, 96, 48, 4),
+    (64, 128, 64, 4),
     (130, 257, 65, 3),
+    (130, 64, 96, 3),
     (16, 48, 352, 2),
 )
 def test_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E741
@@ -120,27 +121,31 @@ def test_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E7
 
 
 @dtypes
-@pytest.mark.parametrize("T", [1, 2, 5, 6, 7, 13, 47, 48, 49, 96, 97, 130])
-@pytest.mark.parametrize("expert", [0, 4], ids=["first", "last"])
-def test_all_rows_to_one_expert(backend, expert, T, dtype):
-    """6 rows are a tile of the CPU kernel, 48 a block. The other experts are NaN: their weights are not read."""
-    experts = Experts(backend, torch.full((T,), expert), 33, 40, 5, dtype)
+@pytest.mark.parametrize("T", [1, 2, 5, 6, 7, 13, 16, 17, 47, 48, 49, 96, 97, 130])
+@each_size("H I expert", (33, 40, 0), (64, 32, 4))
+def test_all_rows_to_one_expert(backend, H, I, expert, T, dtype):  # noqa: E741
+    """6 rows are a tile of the CPU kernel, 48 a block; 8, 16 or 48 a block of the GPU kernel. The other experts are
+    NaN: their weights are not read."""
+    experts = Experts(backend, torch.full((T,), expert), H, I, 5, dtype)
     others = torch.arange(5) != expert
     experts.gate_up[others], experts.down[others] = torch.nan, torch.nan
     assert_matches_float64(experts)
 
 
 @dtypes
-@pytest.mark.parametrize("T", [1, 2, 7, 64, 130])
-def test_matches_integers_exactly(backend, T, dtype):
-    """A gate of 24 is its own silu in either dtype, so that gate * up are integers; so are all sums."""
-    H, I, E = 20, 70, 3  # noqa: E741
+@each_size("T H I", (1, 20, 70), (2, 20, 70), (7, 64, 64), (64, 20, 70), (130, 64, 96), (9, 1088, 1056))
+def test_matches_integers_exactly(backend, T, H, I, dtype):  # noqa: E741
+    """A gate of 24 is its own silu in either dtype, so that gate * up are integers; so are all sums. 1088 and 1056
+    are more steps of k than a warp of the GPU kernel has on their way."""
+    E = 3
     experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype)
     experts.x = torch.randint(-1, 2, (T, H)).to(dtype)
-    experts.x[:, 0] = 1
+    experts.x[:, -1] = 1
     experts.gate_up[:, :I] = 0
-    experts.gate_up[:, :I, 0] = 24
-    experts.gate_up[:, I:] = torch.randint(-1, 2, (E, I, H)).to(dtype) * (torch.arange(H) < 8)  # at most 8 * 24 = 192
+    experts.gate_up[:, :I, -1] = 24
+    experts.gate_up[:, I:] = torch.randint(-1, 2, (E, I, H)).to(dtype) * (
+        torch.arange(H) % (H // 8) == 0
+    )  # at most 240
     experts.down = torch.randint(-4, 5, (E, H, I)).to(dtype)
     experts.weights = 2.0 ** torch.randint(-3, 3, (T,))
     up = torch.einsum("th,tih->ti", experts.x.double(), experts.gate_up[experts.ids % E, I:].double())
@@ -193,7 +198,7 @@ def test_large_gates(backend, skip_identity, dtype):
 
 @dtypes
 @skips
-@each_size("H I E", (33, 40, 3), (256, 96, 16))
+@each_size("H I E", (33, 40, 3), (256, 96, 5))
 def test_batch_invariance(backend, H, I, E, skip_identity, dtype):  # noqa: E741
     call = Experts(backend, torch.randint(E + 1, (64,)), H, I, E, dtype, skip_identity).call()
 
@@ -202,6 +207,29 @@ def test_batch_invariance(backend, H, I, E, skip_identity, dtype):  # noqa: E741
         return (backend.op("moe_experts")(**(call | chosen)),)
 
     assert_batch_invariant(run)
+
+
+@dtypes
+@each_size("H I", (33, 40), (320, 288))
+def test_many_rows_have_the_bits_of_few(backend, H, I, dtype):  # noqa: E741
+    """More than 64 rows are a kernel of its own on a GPU, and so are more than 8."""
+    call = Experts(backend, torch.randint(4, (130,)), H, I, 3, dtype).call()
+    together = backend.op("moe_experts")(**call)
+    for begin, end in ((0, 3), (3, 19), (60, 124), (120, 130)):
+        rows = {name: call[name][begin:end] for name in ("x", "topk_ids", "topk_weights")}
+        assert same_bits(together[begin:end], backend.op("moe_experts")(**(call | rows)))
+
+
+@dtypes
+@skips
+def test_ids_out_of_range(gpu, skip_identity, dtype):
+    """Nothing is read or written outside the tensors, and the rows are NaN; the CPU raises."""
+    experts = Experts(gpu, torch.arange(40) % 4, 33, 40, 3, dtype, skip_identity)
+    clean, bad = experts.run(), torch.arange(40) % 7 == 2
+    experts.ids[bad] = torch.tensor([-1, 4, 2**31 - 1, -(2**31), 5, -3])
+    out = experts.run()
+    assert out[bad].isnan().all()
+    assert same_bits(out[~bad], clean[~bad])
 
 
 # Errors.

@@ -40,10 +40,14 @@ struct Panels {
 __device__ inline uint4 load_eight(const BFloat16* row, int64_t k, int64_t K, bool aligned) {
   if (!row || k >= K) return uint4{0, 0, 0, 0};
   if (aligned && k + 8 <= K) return *reinterpret_cast<const uint4*>(row + k);
-  uint32_t words[4] = {};
-  for (int i = 0; i < 8; ++i)
-    if (k + i < K) words[i / 2] |= static_cast<uint32_t>(row[k + i].bits) << (16 * (i % 2));
-  return uint4{words[0], words[1], words[2], words[3]};
+  uint64_t low = 0, high = 0;
+#pragma unroll 1  // unrolled, this rare case made the registers of every kernel spill
+  for (int64_t i = (k + 8 <= K ? k + 8 : K) - 1; i >= k; --i) {
+    high = high << 16 | low >> 48;
+    low = low << 16 | row[i].bits;
+  }
+  return uint4{static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+               static_cast<uint32_t>(high >> 32)};
 }
 
 template <class T>
@@ -51,10 +55,18 @@ __device__ bool is_aligned(const T* rows, int64_t stride) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride * sizeof(T) % 16 == 0;
 }
 
+// Real models have whole steps only, and then no load has anything to ask, which leaves registers for kStages.
+template <class T>
+__device__ bool is_whole(const Panels<T>& weights, int panels, int64_t K, bool aligned) {
+  return aligned && K % (2 * kStepPairs) == 0 && weights.count >= panels;
+}
+
 // Sums of a warp, kPanels panels by kRows rows:
-//   add(weights, row, K, aligned, first, stride)   steps first, first + stride, ...; row(i): row i of x, or nullptr
-//   each(f, begin, end)                            f(i, c, four): row i, outputs c .. c + 3, each once in the warp, of
-//                                                  the rows [begin, end), whole tiles
+//   add<is_whole(..)>(weights, row, K, aligned, first, stride)
+//                         steps first, first + stride, ...; row(i): row i of x, or nullptr. The branch stands where
+//                         sums are no more: a kernel that had sums from two loops spilled
+//   each(f, begin, end)   f(i, c, four): row i, outputs c .. c + 3, each once in the warp, of the rows [begin, end),
+//                         whole tiles
 template <class T, int kPanels, int kRows>
 struct PanelSums;
 
@@ -63,10 +75,10 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   static_assert(kPanels % kWarpPanels == 0 && kRows % kTileRows == 0);
   static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / kTileRows;
   static constexpr int kInstructions = kWarpSize == 32 ? 2 : 4;  // for the four outputs of a load
-  // Steps on their way while one is multiplied. Up to 16 rows leave registers for 256 bytes a thread: 16 warps of an SM
-  // have 128 KB in flight, of which 32 KB hide the latency of an H200's memory. That matters where blocks are few (one
-  // row touches one expert); with more rows 4 stages of one load spilled at two blocks an SM.
-  static constexpr int kStages = kTiles > 2 || kLoads > 1 ? 2 : 4;
+  // Steps on their way while one is multiplied, as many as leave two blocks of 256 threads an SM for up to 16 rows:
+  // these have 96 KB or more in flight, of which 32 KB hide the latency of an H200's memory. That matters where blocks
+  // are few: one row touches one expert.
+  static constexpr int kStages = kTiles > 2 || kLoads > 1 ? 2 : kTiles > 1 ? 3 : 4;
 
   struct Weights {
     uint4 pair[kLoads][4];
@@ -74,24 +86,16 @@ struct PanelSums<BFloat16, kPanels, kRows> {
 
   float sums[kLoads][kTiles][kInstructions][4] = {};
 
-  template <class Row>
-  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int64_t first,
-                      int64_t stride) {
+  template <bool kWhole, class Row>
+  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
     const BFloat16* rows[kTiles];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) rows[j] = row(j * kTileRows + row_of_lane());
-    const int64_t steps = (weights.pairs + kStepPairs - 1) / kStepPairs;
-    Weights stages[kStages];
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) stages[i] = load(weights, first + i * stride);
-    for (int64_t step = first; step < steps; step += kStages * stride)
-#pragma unroll
-      for (int i = 0; i < kStages; ++i) {  // the last round may hold steps of zeros only
-        const int64_t k = ((step + i * stride) * kStepPairs + quad() * 4) * 2;
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) multiply(stages[i], load_eight(rows[j], k, K, aligned), j);
-        stages[i] = load(weights, step + (kStages + i) * stride);
-      }
+    const int steps = static_cast<int>((weights.pairs + kStepPairs - 1) / kStepPairs);
+    if constexpr (kWhole)
+      add_whole(weights, rows, steps, first, stride);
+    else
+      add_any(weights, rows, K, aligned, steps, first, stride);
   }
 
   template <class F>
@@ -123,13 +127,55 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   __device__ static int panel() { return kWarpSize == 32 ? 0 : lane() % 16 / 8; }
   __device__ static int row_of_lane() { return kWarpSize == 32 ? lane() / 4 : lane() % 16; }
 
-  __device__ static Weights load(const Panels<BFloat16>& weights, int64_t step) {
+  __device__ static int64_t first_k(int step) { return 2 * (step * int64_t{kStepPairs} + quad() * 4); }
+
+  __device__ void add_whole(const Panels<BFloat16>& weights, const BFloat16* const (&rows)[kTiles], int steps,
+                            int first, int stride) {
+    const BFloat16* lane = weights.data + (panel() * weights.pairs + quad() * 4) * kPair + 8 * group();
+    Weights stages[kStages];
+#pragma unroll
+    for (int i = 0; i < kStages; ++i)
+      if (first + i * stride < steps) stages[i] = load_whole(lane, weights.pairs, first + i * stride);
+#pragma unroll 1
+    for (int step = first; step < steps; step += kStages * stride)
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        const int now = step + i * stride, then = now + kStages * stride;
+        if (now >= steps) return;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          multiply(stages[i], rows[j] ? *reinterpret_cast<const uint4*>(rows[j] + first_k(now)) : uint4{0, 0, 0, 0}, j);
+        if (then < steps) stages[i] = load_whole(lane, weights.pairs, then);
+      }
+  }
+
+  __device__ void add_any(const Panels<BFloat16>& weights, const BFloat16* const (&rows)[kTiles], int64_t K,
+                          bool aligned, int steps, int first, int stride) {
+#pragma unroll 1
+    for (int step = first; step < steps; step += stride) {
+      const Weights now = load(weights, step);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) multiply(now, load_eight(rows[j], first_k(step), K, aligned), j);
+    }
+  }
+
+  __device__ static Weights load_whole(const BFloat16* lane, int64_t pairs, int step) {
+    Weights out;
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        out.pair[n][i] = load_streamed(lane + (n * kWarpPanels * pairs + step * int64_t{kStepPairs} + i) * kPair);
+    return out;
+  }
+
+  __device__ static Weights load(const Panels<BFloat16>& weights, int step) {
     Weights out;
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t at = n * kWarpPanels + panel(), pair = step * kStepPairs + quad() * 4 + i;
+        const int64_t at = n * kWarpPanels + panel(), pair = step * int64_t{kStepPairs} + quad() * 4 + i;
         out.pair[n][i] = uint4{0, 0, 0, 0};
         if (at < weights.count && pair < weights.pairs)
           out.pair[n][i] = load_streamed(weights.data + (at * weights.pairs + pair) * kPair + 8 * group());
@@ -166,8 +212,8 @@ struct PanelSums<float, kPanels, kRows> {
 
   float4 sums[kLoads][kTiles] = {};
 
-  template <class Row>
-  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool, int64_t first, int64_t stride) {
+  template <bool, class Row>
+  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool, int first, int stride) {
     const float* rows[kTiles];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) rows[j] = row(4 * j + row_of_lane());
@@ -199,7 +245,7 @@ struct PanelSums<float, kPanels, kRows> {
   __device__ static int row_of_lane() { return lane() / 8 % 4; }
   __device__ static int panel() { return lane() / 32; }
   __device__ static void add_scaled(float4& sum, const float4& w, float x) {
-    sum.x += w.x * x, sum.y += w.y * x, sum.z += w.z * x, sum.w += w.w * x;
+    sum = float4{fmaf(w.x, x, sum.x), fmaf(w.y, x, sum.y), fmaf(w.z, x, sum.z), fmaf(w.w, x, sum.w)};
   }
 };
 
@@ -214,12 +260,13 @@ struct BlockProduct {
 
   // part(first): sum(i, c) is that of row first + i. All threads of the block; the barrier before the next use of
   // `shared` is the caller's.
-  template <class Row, class Part>
+  // For a kernel that knows whether the product is_whole: around a loop over products, the choice inside it spilled.
+  template <bool kWhole, class Row, class Part>
   __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned, Part part) const {
     static_assert(kRows % kPart == 0);
     const int warp = threadIdx.x / kWarpSize;
     PanelSums<T, kPanels, kRows> sums;
-    sums.add(weights, row, K, aligned, warp, kWarps);
+    sums.template add<kWhole>(weights, row, K, aligned, warp, kWarps);
     float* own = shared + warp * kPart * kOutputs;
 #pragma unroll
     for (int first = 0; first < kRows; first += kPart) {
@@ -230,6 +277,14 @@ struct BlockProduct {
       __syncthreads();
       part(first);
     }
+  }
+
+  template <class Row, class Part>
+  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned, Part part) const {
+    if (is_whole(weights, kPanels, K, aligned))
+      multiply<true>(weights, row, K, aligned, part);
+    else
+      multiply<false>(weights, row, K, aligned, part);
   }
 
   template <class Row>

@@ -19,7 +19,7 @@ def moe_experts(
 
     Args:
         x: ``[T, H]``, float32 or bfloat16.
-        topk_ids: ``[T]``, int32, in [0, E]; E is skip.
+        topk_ids: ``[T]``, int32, in [0, E]; E is skip. On a GPU an id out of range gives a row of NaN.
         topk_weights: ``[T]``, float32.
         gate_up_proj: ``pack_weight(.., halves=2)`` of ``[E, 2 * I, H]``, gate rows first, in the dtype of x.
         down_proj: ``pack_weight`` of ``[E, H, I]`` in the dtype of x.
