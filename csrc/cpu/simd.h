@@ -63,22 +63,23 @@ BLOCKDRAFT_INLINE float as_stored(float x) {
   return widen(stored);
 }
 
-// Sum and maximum over the lanes, halving: the order is the same on every instruction set.
+// One value from all lanes, halving: the order is the same on every instruction set. What comes from past the half does
+// not matter.
+template <class V, class F>
+BLOCKDRAFT_INLINE V fold_lanes(V v, F f) {
+  v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7));
+  v = f(v, __builtin_shufflevector(v, v, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3));
+  return f(v, __builtin_shufflevector(v, v, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1));
+}
 BLOCKDRAFT_INLINE float sum_lanes(Vec v) {
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  return fold_lanes(v, [](Vec a, Vec b) { return a + b; })[0];
 }
 BLOCKDRAFT_INLINE float max_lanes(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = maximum(best, v[i]);
-  return best;
+  return fold_lanes(v, [](Vec a, Vec b) { return a < b ? b : a; })[0];
 }
-
 BLOCKDRAFT_INLINE bool any_lane(IntVec mask) {
-  int32_t any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= mask[i];
-  return any != 0;
+  return fold_lanes(mask, [](IntVec a, IntVec b) { return a | b; })[0] != 0;
 }
 
 // exp by reduction to |r| <= ln(2) / 2 and the Taylor series to r^7: relative error below 2e-7, exactly 1 at 0 and
