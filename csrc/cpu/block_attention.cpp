@@ -5,20 +5,23 @@
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
 
-constexpr int64_t kTile = kAttentionTile;
-constexpr int64_t kQueries = 64;   // query rows (rows x heads of the group) kept at once
-constexpr int64_t kMaxHead = 256;  // head dimensions there is room for
+constexpr int64_t kTile = kAttentionTile, kChunk = kAttentionChunk;
+constexpr int64_t kScores = kChunk + 32;  // a stride of 2 KB would put all queries into two sets of the L1 cache
+constexpr int64_t kQueries = 64;          // query rows (rows x heads of the group) kept at once
+constexpr int64_t kMaxHead = 256;         // head dimensions there is room for
 constexpr float kInfinity = __builtin_inff();
 
-// Queries of one task that go through the keys together, and their running softmax.
+// Queries of one task that go through a chunk of keys together.
 template <class T>
 struct Queries {
   int64_t count;
   int32_t low[kQueries], high[kQueries];  // visible positions [low, high)
-  float maximum[kQueries], denominator[kQueries], correction[kQueries];
+  float maximum[kQueries], denominator[kQueries];
   alignas(64) RowOf<T> q[kQueries * kMaxHead];
-  alignas(64) float sums[kQueries * kMaxHead];  // [count][panels * 32]
-  alignas(64) float scores[kQueries * kTile];
+  alignas(64) float weights[kQueries * kScores];    // scores, then weights
+  alignas(64) float sums[2 * kQueries * kMaxHead];  // [panels][kQueries][even and odd keys' sums of 32 dimensions]
+
+  float* sums_of(int64_t panel, int64_t i) { return sums + (panel * kQueries + i) * kPair; }
 };
 
 // Room for a tile that is assembled, and for the values of one as a single query sees it.
@@ -30,8 +33,9 @@ struct Tiles {
 };
 
 template <class T>
-void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, int64_t rows, Queries<T>& s) {
-  const int64_t G = p.Hq / p.Hkv, panels = blocks(p.D, kPanel);
+void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, int64_t rows,
+                  Queries<T>& s) {
+  const int64_t G = p.Hq / p.Hkv;
   const int32_t group = task.group_end - task.group_begin;
   s.count = rows * G;
   for (int64_t i = 0; i < s.count; ++i) {
@@ -39,79 +43,87 @@ void load_queries(const BlockAttentionParams& p, const AttentionTask& task, int6
     const int64_t window = p.sliding_window ? p.row_positions[row] - p.sliding_window + 1 : 0;
     s.low[i] = static_cast<int32_t>(window > 0 ? window : 0);
     s.high[i] = p.row_prefix[row] + group;
-    s.maximum[i] = -kInfinity;
-    s.denominator[i] = 0;
     const T* q = static_cast<const T*>(p.q) + (row * p.Hq + head) * p.D;
     arrange_row(q, p.D, s.q + i * p.D, p.D);
   }
-  __builtin_memset(s.sums, 0, s.count * panels * kPanel * sizeof(float));
+  for (int64_t panel = 0; panel < blocks(p.D, kPanel); ++panel)
+    __builtin_memset(s.sums_of(panel, 0), 0, s.count * kPair * sizeof(float));
+}
+
+// The page's tile with position `first`.
+template <class T>
+const T* page_tile(const BlockAttentionParams& p, const AttentionTask& task, int32_t first, const void* pages,
+                   int64_t size) {
+  const int64_t page = p.page_table[task.sequence * p.M + first / p.page_size];
+  const int64_t tile = (page * p.Hkv + task.head) * (p.page_size / kTile) + first % p.page_size / kTile;
+  return static_cast<const T*>(pages) + tile * size;
 }
 
 // The tile whose first key stands at `first`: that of the page, or a copy with the group's rows put in and the slots
 // from `high` on cleared (they hold whatever the page held before, and 0 * NaN would be NaN).
-template <class T>
-void find_tile(const BlockAttentionParams& p, const AttentionTask& task, int32_t prefix, int32_t first, int32_t high,
-               Tiles<T>& own, const T** keys, const T** values) {
-  const int64_t tiles = p.page_size / kTile, k_size = kTile * p.D, v_size = kTile * blocks(p.D, kPanel) * kPanel;
+template <class T, class Write>
+const T* find_tile(const BlockAttentionParams& p, const AttentionTask& task, int32_t prefix, int32_t first,
+                   int32_t high, const void* pages, const void* rows, int64_t size, Write write, T* own) {
   if (first < prefix) {
-    const int64_t page = p.page_table[task.sequence * p.M + first / p.page_size];
-    const int64_t tile = (page * p.Hkv + task.head) * tiles + first % p.page_size / kTile;
-    *keys = static_cast<const T*>(p.k_pages) + tile * k_size;
-    *values = static_cast<const T*>(p.v_pages) + tile * v_size;
-    if (first + kTile <= prefix) return;
-    __builtin_memcpy(own.keys, *keys, k_size * sizeof(T));
-    __builtin_memcpy(own.values, *values, v_size * sizeof(T));
+    const T* tile = page_tile<T>(p, task, first, pages, size);
+    if (first + kTile <= prefix) return tile;
+    __builtin_memcpy(own, tile, size * sizeof(T));
   } else {
-    __builtin_memset(own.keys, 0, k_size * sizeof(T));
-    __builtin_memset(own.values, 0, v_size * sizeof(T));
+    __builtin_memset(own, 0, size * sizeof(T));
   }
   const T zeros[kMaxHead] = {};
   for (int32_t position = prefix > first ? prefix : first; position < first + kTile; ++position) {
-    const int64_t row = task.group_begin + position - prefix;
-    const bool in_group = position < high;
-    const int64_t source = (row * p.Hkv + task.head) * p.D;
-    write_key(in_group ? static_cast<const T*>(p.k) + source : zeros, own.keys, position - first, p.D);
-    write_value(in_group ? static_cast<const T*>(p.v) + source : zeros, own.values, position - first, p.D);
+    const int64_t source = ((task.group_begin + position - prefix) * p.Hkv + task.head) * p.D;
+    write(position < high ? static_cast<const T*>(rows) + source : zeros, own, position - first, p.D);
   }
-  *keys = own.keys;
-  *values = own.values;
+  return own;
 }
 
-// Running softmax of one query over a tile: scores become weights.
 template <class T>
-void update_softmax(Queries<T>& s, int64_t i, int32_t first) {
+const T* find_keys(const BlockAttentionParams& p, const AttentionTask& task, int32_t prefix, int32_t first,
+                   int32_t high, T* own) {
+  return find_tile(p, task, prefix, first, high, p.k_pages, p.k, kTile * p.D, write_key<T>, own);
+}
+template <class T>
+const T* find_values(const BlockAttentionParams& p, const AttentionTask& task, int32_t prefix, int32_t first,
+                     int32_t high, T* own) {
+  const int64_t size = kTile * blocks(p.D, kPanel) * kPanel;
+  return find_tile(p, task, prefix, first, high, p.v_pages, p.v, size, write_value<T>, own);
+}
+
+// Scores of the positions [begin, end), whole tiles, of one query become weights.
+template <class T>
+void softmax(Queries<T>& s, int64_t i, int32_t begin, int32_t end) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Vec score[2];
-  for (int j = 0; j < 2; ++j) {
-    const IntVec position = lane + (first + j * static_cast<int32_t>(kLanes));
-    score[j] = load(s.scores + i * kTile + j * kLanes);
-    score[j] = (position >= s.low[i]) & (position < s.high[i]) ? score[j] : splat(-kInfinity);
+  float* scores = s.weights + i * kScores;
+  Vec best = splat(-kInfinity), sum = {};
+  IntVec bad = {};
+  for (int32_t first = begin; first < end; first += kLanes) {
+    const IntVec position = lane + first;
+    const Vec all = load(scores + first - begin);
+    const Vec score = (position >= s.low[i]) & (position < s.high[i]) ? all : splat(-kInfinity);
+    best = best < score ? score : best;
+    bad |= score != score;  // `best` passes over a NaN: it must not vanish
+    store(scores + first - begin, score);
   }
-  const float highest = maximum(s.maximum[i], maximum(max_lanes(score[0]), max_lanes(score[1])));
-  s.correction[i] = 1;
-  Vec weight[2] = {};
-  if (any_lane((score[0] != score[0]) | (score[1] != score[1]))) {  // `maximum` passes over a NaN: it must not vanish
-    weight[0] = splat(__builtin_nanf(""));
-  } else if (highest != -kInfinity) {
-    s.correction[i] = exp(s.maximum[i] - highest);
-    for (int j = 0; j < 2; ++j) weight[j] = exp(score[j] - highest);
+  const float highest = max_lanes(best), base = highest == -kInfinity ? 0 : highest;
+  const Vec spoilt = splat(any_lane(bad) ? __builtin_nanf("") : 0);
+  for (int32_t first = begin; first < end; first += kLanes) {
+    const Vec weight = exp(load(scores + first - begin) - base) + spoilt;
+    sum += weight;
+    store(scores + first - begin, weight);
   }
   s.maximum[i] = highest;
-  s.denominator[i] = s.denominator[i] * s.correction[i] + sum_lanes(weight[0] + weight[1]);
-  for (int j = 0; j < 2; ++j) store(s.scores + i * kTile + j * kLanes, weight[j]);
+  s.denominator[i] = sum_lanes(sum);
 }
 
-// sums = sums * correction + weights * values for queries [begin, begin + count).
+// sums += weights * values of a tile for queries [begin, begin + count).
 template <class T>
-void add_values(const BlockAttentionParams& p, Queries<T>& s, int64_t begin, int64_t count, const T* values) {
-  const int64_t panels = blocks(p.D, kPanel), width = panels * kPanel;
-  for (int64_t panel = 0; panel < panels; ++panel)
-    multiply_panel(s.scores + begin * kTile, kTile, count, values + panel * kPanel * kTile, kTile / 2,
-                   [&](int64_t i, const Vec(&total)[2]) {
-                     float* sums = s.sums + (begin + i) * width + panel * kPanel;
-                     for (int j = 0; j < 2; ++j)
-                       store(sums + j * kLanes, load(sums + j * kLanes) * s.correction[begin + i] + total[j]);
-                   });
+void add_values(const BlockAttentionParams& p, Queries<T>& s, int64_t begin, int64_t count, int64_t column,
+                const T* values) {
+  for (int64_t panel = 0; panel < blocks(p.D, kPanel); ++panel)
+    accumulate_block(s.weights + begin * kScores + column, kScores, count, values + panel * kPanel * kTile, kTile / 2,
+                     s.sums_of(panel, begin));
 }
 
 template <class T>
@@ -124,42 +136,39 @@ bool is_finite(const T* values, int64_t n) {
 // A weight of 0 does not hide a value that is not finite. Where a tile has one and a query does not see all of the
 // tile, each query gets a copy in which what it does not see is cleared: another row's NaN stays in that row.
 template <class T>
-void add_values_apart(const BlockAttentionParams& p, Queries<T>& s, int32_t first, const T* values, T* own) {
+void add_values_apart(const BlockAttentionParams& p, Queries<T>& s, int32_t first, int64_t column, const T* values,
+                      T* own) {
   const int64_t size = kTile * blocks(p.D, kPanel) * kPanel;
   const T zeros[kMaxHead] = {};
   for (int64_t i = 0; i < s.count; ++i) {
     __builtin_memcpy(own, values, size * sizeof(T));
     for (int32_t slot = 0; slot < kTile; ++slot)
       if (first + slot < s.low[i] || first + slot >= s.high[i]) write_value(zeros, own, slot, p.D);
-    add_values(p, s, i, 1, own);
+    add_values(p, s, i, 1, column, own);
   }
 }
 
 template <class T>
-void attend_tile(const BlockAttentionParams& p, Queries<T>& s, int32_t first, const T* keys, const T* values, T* own) {
-  multiply_panel(s.q, p.D, s.count, keys, p.D / 2, [&](int64_t i, const Vec(&total)[2]) {
-    store(s.scores + i * kTile, total[0] * p.softmax_scale);
-    store(s.scores + i * kTile + kLanes, total[1] * p.softmax_scale);
-  });
+void add_tile(const BlockAttentionParams& p, Queries<T>& s, int32_t first, int64_t column, const T* values, T* own) {
   bool partly_visible = false;
-  for (int64_t i = 0; i < s.count; ++i) {
-    update_softmax(s, i, first);
-    partly_visible |= s.low[i] > first || s.high[i] < first + kTile;
-  }
+  for (int64_t i = 0; i < s.count; ++i) partly_visible |= s.low[i] > first || s.high[i] < first + kTile;
   if (partly_visible && !is_finite(values, kTile * blocks(p.D, kPanel) * kPanel))
-    add_values_apart(p, s, first, values, own);
+    add_values_apart(p, s, first, column, values, own);
   else
-    add_values(p, s, 0, s.count, values);
+    add_values(p, s, 0, s.count, column, values);
 }
 
 template <class T>
-void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, const Queries<T>& s) {
-  const int64_t G = p.Hq / p.Hkv, width = blocks(p.D, kPanel) * kPanel;
+void store_partial(const BlockAttentionParams& p, const AttentionTask& task, int64_t first, Queries<T>& s) {
+  const int64_t G = p.Hq / p.Hkv;
   for (int64_t i = 0; i < s.count; ++i) {
     const int64_t row = first + i / G, head = task.head * G + i % G;
     if (task.chunk >= p.row_chunks[row + 1] - p.row_chunks[row]) continue;
     float* out = p.partial + ((p.row_chunks[row] + task.chunk) * p.Hq + head) * (p.D + 2);
-    for (int64_t d = 0; d < p.D; ++d) out[d] = s.sums[i * width + d];
+    for (int64_t panel = 0; panel < blocks(p.D, kPanel); ++panel) {
+      const float* sums = s.sums_of(panel, i);
+      store_panel(out + panel * kPanel, {total_of(sums, sums, 0), total_of(sums, sums, 1)}, p.D - panel * kPanel);
+    }
     out[p.D] = s.maximum[i];
     out[p.D + 1] = s.denominator[i];
   }
@@ -176,14 +185,19 @@ void attend(const BlockAttentionParams& p, const AttentionTask& task) {
     for (int64_t i = 1; i < s.count; ++i)
       low = s.low[i] < low ? s.low[i] : low, high = s.high[i] > high ? s.high[i] : high;
     const int32_t prefix = high - (task.group_end - task.group_begin);
-    const int32_t begin = task.chunk * kAttentionChunk,
-                  end = static_cast<int32_t>(minimum(begin + kAttentionChunk, high));
-    for (int32_t tile = begin; tile < end; tile += kTile) {
-      if (tile + kTile <= low) continue;
-      const T *keys, *values;
-      find_tile(p, task, prefix, tile, high, own, &keys, &values);
-      attend_tile(p, s, tile, keys, values, own.visible);
+    int32_t begin = task.chunk * kChunk, end = begin;
+    if (begin + kTile <= low) begin = minimum(low / kTile * kTile, begin + kChunk);
+    for (end = begin; end < minimum((task.chunk + 1) * kChunk, high); end += kTile) {
+      const T* keys = find_keys(p, task, prefix, end, high, own.keys);
+      multiply_panel(s.q, p.D, s.count, keys, p.D / 2, [&](int64_t i, const Vec(&total)[2]) {
+        float* scores = s.weights + i * kScores + end - begin;
+        store(scores, total[0] * p.softmax_scale);
+        store(scores + kLanes, total[1] * p.softmax_scale);
+      });
     }
+    for (int64_t i = 0; i < s.count; ++i) softmax(s, i, begin, end);
+    for (int32_t tile = begin; tile < end; tile += kTile)
+      add_tile(p, s, tile, tile - begin, find_values(p, task, prefix, tile, high, own.values), own.visible);
     store_partial(p, task, first, s);
   }
 }

@@ -131,6 +131,22 @@ BLOCKDRAFT_INLINE void multiply_rest(int64_t rows, const X* x, int64_t stride, c
   }
 }
 
+// sums [rows] += x [rows, 2 * pairs] panel, at most kBlockPairs pairs of more than a few rows; row_sums floats a row.
+template <class X, class W>
+static inline void accumulate_block(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t pairs,
+                                    float* sums) {
+  constexpr int kTileRows = tile_rows(static_cast<const X*>(nullptr));
+  constexpr int64_t kSums = row_sums(static_cast<const X*>(nullptr));
+  int64_t i = 0;
+  if (rows >= kTileRows) {
+    multiply_tile<kTileRows, true>(x, stride, panel, pairs, sums);
+    i = kTileRows;
+  }
+  for (; i + kTileRows <= rows; i += kTileRows)
+    multiply_tile<kTileRows, false>(x + i * stride, stride, panel, pairs, sums + i * kSums);
+  multiply_rest<kTileRows - 1>(rows - i, x + i * stride, stride, panel, pairs, sums + i * kSums);
+}
+
 // out(row, sums of 32 outputs) for every row of x [rows, 2 * pairs], whose rows are `stride` values apart.
 template <class X, class W, class Out>
 static inline void multiply_panel(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t pairs, Out out) {
@@ -141,19 +157,8 @@ static inline void multiply_panel(const X* x, int64_t stride, int64_t rows, cons
     const int64_t count = minimum(rows - first, kBlockRows);
     __builtin_memset(sums, 0, count * kSums * sizeof(float));
     const int64_t step = count <= kTileRows ? pairs : kBlockPairs;
-    for (int64_t k = 0; k < pairs; k += step) {
-      const X* x_block = x + first * stride + 2 * k;
-      const W* part = panel + k * kPair;
-      const int64_t length = minimum(pairs - k, step);
-      int64_t i = 0;
-      if (count >= kTileRows) {
-        multiply_tile<kTileRows, true>(x_block, stride, part, length, sums);
-        i = kTileRows;
-      }
-      for (; i + kTileRows <= count; i += kTileRows)
-        multiply_tile<kTileRows, false>(x_block + i * stride, stride, part, length, sums + i * kSums);
-      multiply_rest<kTileRows - 1>(count - i, x_block + i * stride, stride, part, length, sums + i * kSums);
-    }
+    for (int64_t k = 0; k < pairs; k += step)
+      accumulate_block(x + first * stride + 2 * k, stride, count, panel + k * kPair, minimum(pairs - k, step), sums);
     for (int64_t i = 0; i < count; ++i) {
       const Vec total[2] = {total_of(x, sums + i * kSums, 0), total_of(x, sums + i * kSums, 1)};
       out(first + i, total);
