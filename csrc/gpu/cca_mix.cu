@@ -139,7 +139,7 @@ __device__ void convolve(const CcaMixParams& p, const T* weight, const T* rows, 
   if (warp < out.loads * out.splits)
 #pragma unroll
     for (int chain = 0; chain < kChains<T>; ++chain)
-      sums[chain].add(
+      sums[chain].template add<false>(
           weights, [&](int i) { return rows + i * stride; }, 2 * p.D, true, warp / out.loads + chain * out.splits,
           kChains<T> * out.splits);
   __syncthreads();  // the sums take the place of the rows

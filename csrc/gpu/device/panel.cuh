@@ -62,9 +62,9 @@ __device__ bool is_whole(const Panels<T>& weights, int panels, int64_t K, bool a
 }
 
 // Sums of a warp, kPanels panels by kRows rows:
-//   add<is_whole(..)>(weights, row, K, aligned, first, stride)
-//                         steps first, first + stride, ...; row(i): row i of x, or nullptr. The branch stands where
-//                         sums are no more: a kernel that had sums from two loops spilled
+//   add(weights, row, K, aligned, first, stride)
+//                         steps first, first + stride, ...; row(i): row i of x, or nullptr
+//   add<is_whole(..)>     the same where the kernel knows: with a loop around it the choice in here spilled
 //   each(f, begin, end)   f(i, c, four): row i, outputs c .. c + 3, each once in the warp, of the rows [begin, end),
 //                         whole tiles
 template <class T, int kPanels, int kRows>
@@ -85,6 +85,14 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   };
 
   float sums[kLoads][kTiles][kInstructions][4] = {};
+
+  template <class Row>
+  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
+    if (is_whole(weights, kPanels, K, aligned))
+      add<true>(weights, row, K, aligned, first, stride);
+    else
+      add<false>(weights, row, K, aligned, first, stride);
+  }
 
   template <bool kWhole, class Row>
   __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
@@ -211,6 +219,11 @@ struct PanelSums<float, kPanels, kRows> {
   static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / 4;
 
   float4 sums[kLoads][kTiles] = {};
+
+  template <class Row>
+  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
+    add<false>(weights, row, K, aligned, first, stride);
+  }
 
   template <bool, class Row>
   __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool, int first, int stride) {
