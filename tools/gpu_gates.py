@@ -91,7 +91,7 @@ def run(update: bool, names: list[str]) -> list[str]:
     faults = hard_faults(operators)
     if update:
         kept = {name: kernels for name, kernels in table["operators"].items() if names and name in there}
-        TABLE.write_text(render({"made_with": versions, "operators": kept | operators}))
+        TABLE.write_text(render({"made_with": versions, "operators": dict(sorted((kept | operators).items()))}))
         print(f"gpu_gates: wrote {TABLE.relative_to(ROOT)}")
     else:
         held = {name: kernels for name, kernels in table["operators"].items() if not names or name in names}

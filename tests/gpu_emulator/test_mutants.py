@@ -46,8 +46,12 @@ MUTANTS = [
     Mutant("residual_norm", "device/reduce.cuh", 1, warp=64),
     Mutant(None, "device/reduce.cuh", 2, tests="block_sum"),  # residual_norm takes one sum only
     Mutant(None, "device/reduce.cuh", 2, warp=64, tests="block_sum"),
-    Mutant("packed_linear", "device/panel.cuh", 1),
-    Mutant("packed_linear", "device/panel.cuh", 1, warp=64),
+    Mutant("packed_linear", "device/panel.cuh", 2),  # the first is for operators that give their rows in parts
+    Mutant("packed_linear", "device/panel.cuh", 2, warp=64),
+    Mutant("cca_mix", "cca_mix.cu", 1),
+    Mutant("cca_mix", "cca_mix.cu", 2, warp=64),
+    Mutant("cca_mix", "cca_mix.cu", 3),
+    Mutant("cca_mix", "cca_mix.cu", 4, warp=64),
 ]
 
 
@@ -55,7 +59,7 @@ def without_barrier(text: str, number: int) -> str:
     found = list(BARRIER.finditer(text))
     assert 1 <= number <= len(found), f"there is no barrier {number}, there are {len(found)}"
     at = found[number - 1]
-    return text[: at.start()] + at[1] + text[at.end() :]
+    return text[: at.start()] + at[1] + "(void)0;" + text[at.end() :]
 
 
 def copy_sources(folder: Path, operator: str | None) -> None:
