@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from blockdraft import _host, bench, ops
+from blockdraft.bench import gpu
 from blockdraft.bench.report import HEADINGS
 from blockdraft.bench.subject import TINY, Case, Copies, Setting, as_tuple, compare
 from blockdraft.bench.subjects import SUBJECTS
@@ -249,3 +250,37 @@ def test_read_bandwidth():
         _host.read_bandwidth(1000, threads=2, repeats=1)
     with pytest.raises(ValueError, match="wants 1 to 1024 threads"):
         _host.read_bandwidth(1 << 20, threads=0, repeats=1)
+
+
+def test_cuda_without_a_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(bench.BenchError, match="--device cuda: this torch sees no GPU"):
+        run(capsys, "--device", "cuda")
+
+
+def test_gpu_run_without_its_clock(capsys, monkeypatch):
+    """All but graphs and events, with the CPU in the GPU's place: operators without a kernel are left out and named."""
+    turns = []
+
+    def unit(call, arguments):
+        own = [arguments(turn) for turn in range(gpu.CALLS)]
+        turns.append(own)
+        return lambda: call(*own[0]), False
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "no GPU", "cuda": "0.0"})
+    monkeypatch.setattr(gpu, "has_kernel", lambda op: op != "cca_mix")
+    monkeypatch.setattr(gpu, "unit", unit)
+    monkeypatch.setattr(gpu, "seconds_of", lambda run: (run(), 1e-3)[1])
+    options = ["--device", "cuda", "--rows", "1,17", "--cold-mb", "1"]
+    status, rows, printed = run(capsys, *options, "--ops", "packed_linear,cca_mix")
+    assert status == 0
+    assert printed.startswith("no GPU, CUDA or ROCm 0.0; ")
+    assert "Without a GPU kernel and not measured: cca_mix." in printed
+    assert [row["op"] for row in rows] == ["packed_linear qkv 64->128"] * 2 + ["packed_linear o 64->64"] * 2
+    assert {row["blockdraft ms"] for row in rows} == {"0.025"}  # 1 ms a graph
+    assert {row["note"] for row in rows} == {"PyTorch without a graph"}
+    assert len({arguments[1].data_ptr() for arguments in turns[0]}) > 1  # the calls take weights by turns
+    with pytest.raises(bench.BenchError, match="no GPU kernel of cca_mix"):
+        run(capsys, *options, "--ops", "cca_mix")

@@ -7,17 +7,17 @@ beside what this machine's memory can deliver in the same minutes, and a fast wr
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blockdraft.bench import report
-from blockdraft.bench.measure import Budget, measure, read_bandwidth
+from blockdraft.bench import gpu, report
+from blockdraft.bench.measure import Budget, Measured, measure, read_bandwidth
 from blockdraft.bench.report import BenchError
-from blockdraft.bench.subject import TINY, ZAYA1_8B, Setting
+from blockdraft.bench.subject import TINY, ZAYA1_8B, Case, Setting
 from blockdraft.bench.subjects import SUBJECTS
 
 __all__ = ["BenchError", "add_arguments", "main"]
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=row_counts, default="1,16,32,64", metavar="T,...", help="rows of a call; default: %(default)s")
     add("--ops", type=op_names, default="all", metavar="OP,...", help="some of: " + ", ".join(SUBJECTS))
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s; a ROCm GPU is cuda, too")
     add("--threads", type=thread_count, metavar="N", help="default: torch's choice")
     add("--seconds", type=positive, default=2.0, metavar="S", help="per operator and rows; default: %(default)s")
     add("--quick", action="store_true", help="a few repeats only, to see that everything runs")
@@ -88,10 +89,12 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.json and not os.access(args.json.parent, os.W_OK):
         raise BenchError(f"{args.json}: no folder that can be written to")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device cuda: this torch sees no GPU")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.device(gpu.DEVICE if args.device == "cuda" else "cpu"):
             results = collect(args)
     finally:
         torch.set_num_threads(threads)
@@ -106,24 +109,37 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     shapes = SHAPES[args.shapes]
     setting = Setting(shapes, DTYPES[args.dtype], int(args.cold_mb * 1e6), max(args.rows))
     budget = Budget(min(args.seconds, 0.2), least=3) if args.quick else Budget(args.seconds)
-    facts = report.machine()
+    on_gpu = args.device == "cuda"
+    facts = report.machine() | (gpu.machine() if on_gpu else {})
+    names = tuple(name for name in args.ops if not on_gpu or gpu.has_kernel(name))
     samples: list[float] = []
     results: list[dict[str, Any]] = []
-    for label, row in measure_all(args.ops, args.rows, setting, budget):
+    for label, row in measure_all(names, args.rows, setting, budget, gpu.measure if on_gpu else measure):
         if not results or results[-1]["op"] != label:  # often, since neighbours on the host change it in minutes
-            samples.append(read_bandwidth(int(args.read_mb * 1e6), torch.get_num_threads()))
+            samples.append(bandwidth(int(args.read_mb * 1e6), on_gpu))
         results.append(row)
+    if not results:
+        raise BenchError(f"no GPU kernel of {', '.join(args.ops)}")
     limit = max(samples)
     for row in results:
         row["percent_of_read_limit"] = report.percent_of_limit(row, limit)
     settings = {"dtype": args.dtype, "shapes_name": args.shapes, "shapes": asdict(shapes)}
-    settings |= {"cold_mb": args.cold_mb, "seconds": budget.seconds, "quick": args.quick}
+    settings |= {"cold_mb": args.cold_mb, "seconds": budget.seconds, "quick": args.quick, "device": args.device}
+    settings["without_gpu_kernel"] = [name for name in args.ops if name not in names]
     keys = {"machine": facts, "settings": settings, "read_limit_gb_s": limit, "read_samples_gb_s": samples}
     return {**keys, "results": results}
 
 
+def bandwidth(size: int, on_gpu: bool) -> float:
+    return gpu.copy_bandwidth(size) if on_gpu else read_bandwidth(size, torch.get_num_threads())
+
+
 def measure_all(
-    names: tuple[str, ...], rows: tuple[int, ...], setting: Setting, budget: Budget
+    names: tuple[str, ...],
+    rows: tuple[int, ...],
+    setting: Setting,
+    budget: Budget,
+    measure: Callable[[Case, Budget], Measured],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         torch.manual_seed(0)

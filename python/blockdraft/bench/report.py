@@ -33,6 +33,17 @@ three quarters of the bytes come from memory rather than from a cache.
 match: measured error against the float64 reference within the tolerance of the dtype. same bits: the first row alone
 gives the bits that it gives beside the others."""
 
+GPU_LEGEND = """\
+ms: median of {repeats} measurements of a CUDA graph of 40 calls, divided by 40; IQR: distance of their quartiles. The
+operators and PyTorch ran by turns on the same rows, all on the GPU; weights (and cached keys) came from copies
+rotating over {cold_mb:.0f} MB. PyTorch has the same weights unpacked, in the same dtype; "without a graph", its
+launches count.
+MB touched: computed from the shapes, each byte once. GB/s: those bytes by the measured median. % of read limit: of
+{read_limit:.1f} GB/s, the best of {samples} copies on the device during this run, bytes read and written (the worst:
+{worst:.1f}); "-" where less than three quarters of the bytes come from memory rather than from a cache.
+match: measured error against the float64 reference within the tolerance of the dtype. same bits: the first row alone
+gives the bits that it gives beside the others. Without a GPU kernel and not measured: {without}."""
+
 
 class BenchError(BlockdraftError, ValueError):
     """A file that `blockdraft bench` cannot read or write."""
@@ -75,7 +86,8 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(facts: dict[str, Any]) -> str:
-    return (
+    gpu = f"{facts['gpu']}, CUDA or ROCm {facts['cuda']}; " if "gpu" in facts else ""
+    return gpu + (
         f"{facts['cpu']}, {facts['threads']} threads on {facts['logical_cores']} logical cores, kernels for "
         f"{facts['cpu_isa']}, huge pages {facts['huge_pages']}; blockdraft {facts['blockdraft']} "
         f"(compiler {facts['compiler']}), torch {facts['torch']}, Python {facts['python']}; {facts['date']}, "
@@ -163,15 +175,17 @@ def render(report: dict[str, Any]) -> str:
     limit, rows = report["read_limit_gb_s"], report["results"]
     repeats = [row["repeats"] for row in rows] or [0]
     samples = report["read_samples_gb_s"]
-    legend = LEGEND.format(
+    settings = report["settings"]
+    legend = (GPU_LEGEND if settings.get("device") == "cuda" else LEGEND).format(
         repeats=f"{min(repeats)} to {max(repeats)}",
-        cold_mb=report["settings"]["cold_mb"],
+        cold_mb=settings["cold_mb"],
         read_limit=limit,
         samples=len(samples),
         worst=min(samples),
+        without=", ".join(settings.get("without_gpu_kernel", [])) or "none",
     )
     table = aligned([HEADINGS, *(cells(row, limit) for row in rows)])
-    dtype = f"{report['settings']['shapes_name']} shapes, {report['settings']['dtype']}"
+    dtype = f"{settings['shapes_name']} shapes, {settings['dtype']}"
     return "\n".join([f"{machine_line(report['machine'])}; {dtype}", "", *table, "", disturbance(report) + legend])
 
 
