@@ -5,16 +5,67 @@
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
 
+// A panel is the transpose of 32 rows of words of 4 bytes: pairs of bfloat16, or single float32.
+constexpr int64_t kWordBytes = 4;
+
+// Where the lane `l` of a row of a transpose comes from, in two rows `step` apart: 0 to 15 the upper, from 16 the
+// lower.
+template <int step>
+constexpr int upper(int l) {
+  return l & step ? 16 + l - step : l;
+}
+template <int step>
+constexpr int lower(int l) {
+  return l & step ? 16 + l : l + step;
+}
+#define BLOCKDRAFT_LANES(f) \
+  f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+
+// Exchanges the off-diagonal blocks of step x step.
+template <int step>
+BLOCKDRAFT_INLINE void exchange(WordVec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & step) continue;
+    const WordVec a = rows[i], b = rows[i + step];
+    rows[i] = __builtin_shufflevector(a, b, BLOCKDRAFT_LANES(upper<step>));
+    rows[i + step] = __builtin_shufflevector(a, b, BLOCKDRAFT_LANES(lower<step>));
+  }
+}
+#undef BLOCKDRAFT_LANES
+
+// Words [16][16] of rows `stride` bytes apart, to [16][32].
+BLOCKDRAFT_INLINE void transpose_tile(const char* rows, int64_t stride, char* packed) {
+  WordVec tile[kLanes];
+  for (int i = 0; i < kLanes; ++i) tile[i] = load_words(rows + i * stride);
+  exchange<1>(tile);
+  exchange<2>(tile);
+  exchange<4>(tile);
+  exchange<8>(tile);
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(packed + i * kPanel * kWordBytes, &tile[i], sizeof tile[i]);
+}
+
+// Columns from k on, and what the matrix does not have.
+template <class T>
+void pack_rest(const T* weight, int64_t K, int64_t rows, int64_t k, int64_t pairs, T* packed) {
+  for (; k < 2 * pairs; ++k)
+    for (int64_t c = 0; c < kPanel; ++c)
+      packed[k / 2 * kPair + in_pair<T>(c, k)] = c < rows && k < K ? weight[c * K + k] : T{};
+}
+
 template <class T>
 void pack_panel(const PackWeightParams& p, int64_t matrix, int64_t panel) {
+  constexpr int64_t kTile = kLanes * kWordBytes / sizeof(T);  // columns of a tile
   const int64_t half_rows = p.N / p.halves, half = panel % p.halves;
   const int64_t first = panel / p.halves * kPanel;
   const T* weight = static_cast<const T*>(p.weight) + (matrix * p.N + half * half_rows + first) * p.K;
   T* packed = static_cast<T*>(p.packed) + (matrix * p.panels + panel) * p.pairs * kPair;
-  const int64_t rows = minimum(kPanel, half_rows - first);
-  for (int64_t k = 0; k < 2 * p.pairs; ++k)
-    for (int64_t c = 0; c < kPanel; ++c)
-      packed[k / 2 * kPair + in_pair<T>(c, k)] = c < rows && k < p.K ? weight[c * p.K + k] : T{};
+  const int64_t rows = minimum(kPanel, half_rows - first), whole = rows == kPanel ? p.K / kTile * kTile : 0;
+  const int64_t stride = p.K * sizeof(T);
+  for (int64_t k = 0; k < whole; k += kTile)
+    for (int64_t c = 0; c < kPanel; c += kLanes)
+      transpose_tile(reinterpret_cast<const char*>(weight + c * p.K + k), stride,
+                     reinterpret_cast<char*>(packed + k / 2 * kPair) + c * kWordBytes);
+  pack_rest(weight, p.K, rows, whole, p.pairs, packed);
 }
 
 }  // namespace
