@@ -13,7 +13,8 @@
 // With lenience 1 the token has law p, whatever q is: min(p, q) + (p - q)+ = p.
 //
 // An id with logit -inf is not allowed. A row with a NaN, with +inf, or with nothing but -inf in its logits, or in
-// its draft logits where they are needed, has no law: token -1, logprob NaN.
+// its draft logits where they are needed, has no law: token -1, logprob NaN. On a GPU, where the host does not look at
+// values, neither has a row with any value out of range.
 #include <cstdint>
 
 namespace blockdraft {
@@ -30,9 +31,9 @@ struct RejectDraftsParams {
   const float* lenience;           // [T], >= 1
   const float* accept_uniforms;    // [T], in [0, 1)
   const float* residual_uniforms;  // [T], in [0, 1)
-  const int32_t* weights_rows;     // [T], row of weights for rows with top_p, else -1
-  float* weights;                  // scratch [rows with top_p, width]
-  double* sums;                    // scratch [T, blocks]: sums of 512 ids
+  const int32_t* weights_rows;     // CPU: [T], row of weights for rows with top_p, else -1
+  float* weights;                  // CPU: scratch [rows with top_p, width]
+  double* sums;                    // CPU: scratch [T, blocks]: sums of 512 ids
   int32_t* tokens;                 // [T]
   float* logprobs;                 // [T]
   int64_t T, M, V, width, blocks;  // width: V rounded up to 16

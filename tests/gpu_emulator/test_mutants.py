@@ -52,6 +52,9 @@ MUTANTS = [
     Mutant("cca_mix", "cca_mix.cu", 2, warp=64),
     Mutant("cca_mix", "cca_mix.cu", 3),
     Mutant("cca_mix", "cca_mix.cu", 4, warp=64),
+    Mutant("choose_tokens", "device/reduce.cuh", 2, tests="reference"),
+    Mutant("reject_drafts", "device/token_law.cuh", 1, warp=64, tests="reference"),
+    Mutant("reject_drafts", "device/token_law.cuh", 2, tests="reference"),
 ]
 
 

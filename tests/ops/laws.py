@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ WITHOUT_LAW = [("top_k", -1)]
 WITHOUT_LAW += [("temperature", value) for value in (-1, math.nan, math.inf, 1e-7, 1e-30, 1e-45)]  # 1e-6 is the least
 WITHOUT_LAW += [("top_p", value) for value in (0, -1, 1.5, math.nan)]
 WITHOUT_LAW += [("min_p", value) for value in (-0.5, 1.5, math.nan)]
+each_value_without_a_law = pytest.mark.parametrize(
+    ("name", "value"), WITHOUT_LAW, ids=[f"{name}={value}" for name, value in WITHOUT_LAW]
+)
 
 
 def law_columns(T: int, **laws: Any) -> dict[str, Tensor]:

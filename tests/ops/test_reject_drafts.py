@@ -86,7 +86,7 @@ def random_call(T: int, V: int) -> dict[str, Tensor]:
 @each_size("V", (1,), (2,), (3,), (15,), (16,), (17,), (100,), (513,), (1100,))
 def test_matches_reference(backend, V):
     """Equal tokens; a uniform within float32's rounding of a border is not among so few rows."""
-    T = 600
+    T = backend.fewer(600, emulated=120)
     call = random_call(T, V)
     tokens, logprobs = backend.op("reject_drafts")(**call)
     expected, _ = blockdraft.reference.reject_drafts(**call)
@@ -226,7 +226,7 @@ def test_batch_invariance(backend):
 
 def test_two_threads(backend):
     """More rows than one thread takes."""
-    call = random_call(1000, 50)
+    call = random_call(backend.fewer(1000, emulated=50), 50)
     with threads(1):
         expected = backend.op("reject_drafts")(**call)
     with threads(2):
@@ -273,9 +273,9 @@ def at_1(value: float, other: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor([other, value, other], dtype=dtype)
 
 
-WITHOUT_MEANING = [("lenience", value) for value in (0.0, 1 - 2**-24, -1.0, math.nan, math.inf)]
-WITHOUT_MEANING += [("accept_uniforms", value) for value in (-(2**-30), 1.0, math.nan, math.inf)]
-WITHOUT_MEANING += [("residual_uniforms", value) for value in (-(2**-30), 1.0, math.nan, -math.inf)]
+OUT_OF_RANGE = [("lenience", value) for value in (0.0, 1 - 2**-24, -1.0, math.nan, math.inf)]
+OUT_OF_RANGE += [("accept_uniforms", value) for value in (-(2**-30), 1.0, math.nan, math.inf)]
+OUT_OF_RANGE += [("residual_uniforms", value) for value in (-(2**-30), 1.0, math.nan, -math.inf)]
 FINE = {"lenience": 1.0, "accept_uniforms": 0.0, "residual_uniforms": 0.0}
 
 
@@ -292,7 +292,7 @@ FINE = {"lenience": 1.0, "accept_uniforms": 0.0, "residual_uniforms": 0.0}
             {name: at_1(value, FINE[name], torch.float32)},
             rf"{name} must be (in \[0, 1\)|finite and at least 1), got .* at 1",
         )
-        for name, value in WITHOUT_MEANING
+        for name, value in OUT_OF_RANGE
     }
     | {
         f"draft{d}": ({"drafts": at_1(d, 0, torch.int32)}, rf"drafts must be in \[0, 39\], got {d} at 1")
@@ -306,6 +306,24 @@ FINE = {"lenience": 1.0, "accept_uniforms": 0.0, "residual_uniforms": 0.0}
 )
 def test_values_out_of_range(cpu, changes, message):
     assert_raises(cpu, "reject_drafts", small_call(), changes, message)
+
+
+INDICES = [("drafts", value) for value in (-1, 40, 2**31 - 1, -(2**31))]
+INDICES += [("draft_rows", value) for value in (-2, 6, 2**31 - 1, -(2**31))]
+
+
+@pytest.mark.parametrize(("name", "value"), WITHOUT_LAW + OUT_OF_RANGE + INDICES, ids=str)
+def test_gpu_gives_no_token_by_a_value_out_of_range(gpu, name, value):
+    """Rows that are greedy, have a point mass or a drawn draft; every other one keeps its bits."""
+    laws = {"temperature": torch.tensor([0, 0, 1, 1, 0.5, 0.5]), "top_k": 9, "top_p": 0.7}
+    call = make_call(torch.randn(6, 40), torch.randn(6, 40), draft_rows=[0, 1, -1, -1, 4, 5], drafts=3, **laws)
+    clean = gpu.op("reject_drafts")(**call)
+    call[name][::2] = value
+    tokens, logprobs = gpu.op("reject_drafts")(**call)
+    assert (tokens[::2] == -1).all()
+    assert logprobs[::2].isnan().all()
+    for ours, expected in zip((tokens, logprobs), clean, strict=True):
+        assert same_bits(ours[1::2], expected[1::2])
 
 
 # Registration.

@@ -30,7 +30,8 @@ def choose_tokens(
     Returns:
         ``tokens [T]`` int32 and ``logprobs [T]`` float32: log-probability of the token under the law it was drawn from,
         temperature and truncations applied, over the kept ids; 0 where temperature is 0. A row with a NaN, with +inf,
-        or with nothing but -inf gets token -1 and log-probability NaN, and no other row sees it.
+        or with nothing but -inf gets token -1 and log-probability NaN, and no other row sees it; on a GPU, so does one
+        with a value without a law.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype, layout or device, or (on the CPU) a value without a law.

@@ -42,7 +42,7 @@ def reject_drafts(
         ``tokens [T]`` int32 and ``logprobs [T]`` float32, log p(token); 0 where temperature is 0. Where the token is
         the draft, kept or drawn anew, what was computed behind the draft holds. A row with a NaN, with +inf, or with
         nothing but -inf in its logits, or in its draft logits where temperature is not 0, gets token -1 and
-        log-probability NaN, and no other row sees it.
+        log-probability NaN, and no other row sees it; on a GPU, so does one with a value out of range.
 
     Raises:
         RuntimeError: An argument has a wrong shape, dtype, layout or device, or (on the CPU) a value is out of range.
