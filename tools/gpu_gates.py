@@ -36,6 +36,7 @@ HIP = tuple(LDS)
 # By operator: kernels, by a regular expression on their short name, whose loops multiply matrices.
 MATRIX_KERNELS = {
     "packed_linear": r"^packed_linear_kernel<BFloat16",
+    "lm_head_choose": r"^lm_head_choose_kernel<BFloat16",
     "moe_experts": r"^moe_experts\w*_kernel<BFloat16",
     "block_attention": r"^block_attention\w*_kernel<BFloat16",
 }
@@ -186,7 +187,7 @@ def ninja(targets: list[str]) -> str:
         if not re.match(r"ptxas info|ninja: Entering| +\d+ bytes stack frame, 0 bytes spill", line):
             print(line.rstrip()[:2000], flush=True)
     if process.wait():
-        raise GateError("the build failed, see above; a register spill is an error of ptxas, too")
+        raise GateError("the build failed; ptxas warns of each spill as an error")
     return "".join(said)
 
 

@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor> lm_head_choose(const Tensor& hidden_states, const Ten
 
   Tensor tokens = scratch(hidden_states, {T}, ScalarType::Int), logprobs = scratch(hidden_states, {T});
   if (T == 0) return {tokens, logprobs};
-  LmHeadChooseParams p{.rows = nullptr,
+  LmHeadChooseParams p{.hidden_states = hidden_states.const_data_ptr(),
+                       .rows = nullptr,
                        .packed = packed_weight.const_data_ptr(),
                        .temperature = read<float>(temperature),
                        .top_k = read<int32_t>(top_k),
@@ -59,11 +60,13 @@ std::tuple<Tensor, Tensor> lm_head_choose(const Tensor& hidden_states, const Ten
                        .positions = read<int32_t>(positions),
                        .logits_rows = nullptr,
                        .partial = nullptr,
+                       .head_partials = nullptr,
                        .logits = nullptr,
                        .weights = nullptr,
                        .tokens = write<int32_t>(tokens),
                        .logprobs = write<float>(logprobs),
                        .T = T,
+                       .H = H,
                        .V = vocab_size,
                        .panels = panels,
                        .pairs = pairs,
@@ -72,6 +75,12 @@ std::tuple<Tensor, Tensor> lm_head_choose(const Tensor& hidden_states, const Ten
   if constexpr (kBackend == Backend::kCpu) {
     run_cpu(p, hidden_states);
   } else {
+    // Which rows are truncated is known on the device alone: there is room for the logits of all.
+    const Tensor partials = scratch(hidden_states, {ceil_div(vocab_size, kPanelOutputs), T, 3}, ScalarType::Long);
+    const Tensor logits = scratch(hidden_states, {T, vocab_size});
+    static_assert(sizeof(HeadPartial) == 3 * sizeof(int64_t));
+    p.head_partials = write<HeadPartial>(partials);
+    p.logits = write<float>(logits);
     launch_gpu("lm_head_choose", hidden_states, [&](void* stream) { return gpu::lm_head_choose(p, stream); });
   }
   return {tokens, logprobs};

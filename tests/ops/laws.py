@@ -59,7 +59,8 @@ def law_of(logits: list[float], temperature: float, top_k: int = 0, top_p: float
 
 
 def assert_follows(draws: Tensor, law: Tensor) -> None:
-    """G-test with Williams' correction at 1e-4; cells with less than five expected draws are pooled."""
+    """G-test with Williams' correction at 1e-4; cells with less than five expected draws are pooled, where that is not
+    enough with the least of the others."""
     counts, expected = torch.bincount(draws, minlength=len(law)).double(), law.double() * len(draws)
     assert not counts[law == 0].any(), "an id without probability was drawn"
     order = expected.argsort(descending=True)
@@ -69,6 +70,9 @@ def assert_follows(draws: Tensor, law: Tensor) -> None:
     (counts, rest), (expected, expected_rest) = cells
     if expected_rest.sum() >= 5:
         counts, expected = torch.cat([counts, rest.sum()[None]]), torch.cat([expected, expected_rest.sum()[None]])
+    else:
+        counts[-1] += rest.sum()
+        expected[-1] += expected_rest.sum()
     k, n = len(counts), counts.sum()
     if k == 1:  # one id has all the probability
         return

@@ -21,7 +21,7 @@ from ops.helpers import (
     same_bits,
     sum_error,
 )
-from ops.laws import DTYPES, OFF, WITHOUT_LAW, assert_follows, law_columns, law_of, random_laws
+from ops.laws import DTYPES, OFF, assert_follows, each_value_without_a_law, law_columns, law_of, random_laws
 
 DRAWS = 20_000
 WORD = 0xFFFFFFFF
@@ -178,14 +178,15 @@ def test_equal_logits_choose_the_smallest_word(backend, V, temperature, dtype):
 @dtypes
 @pytest.mark.parametrize("V", [5, 77, 1100])
 def test_matches_reference(backend, V, dtype):
-    """600 rows of every kind of law. Equal tokens, but for rows whose two best scores float32 cannot tell apart."""
-    head = exact_head(backend, 600, V, dtype, **random_laws(600))
+    """Rows of every kind of law. Equal tokens, but for rows whose two best scores float32 cannot tell apart."""
+    T = backend.fewer(600, emulated=120)
+    head = exact_head(backend, T, V, dtype, **random_laws(T))
     tokens, _ = head.choose()
     exact = head.in_float64()
     expected, _ = blockdraft.reference.lm_head_choose(**exact)
     law = [exact[name] for name in ("temperature", "top_k", "top_p", "min_p")]
     kept = keep(head.logits(), *law)
-    rows, chosen = torch.arange(600), tokens.long()
+    rows, chosen = torch.arange(T), tokens.long()
     assert kept[rows, chosen].all()
 
     differs = tokens != expected
@@ -260,17 +261,21 @@ def test_no_rows(backend):
 # The law of the choice, by a G-test. The noise is a function of its key, so the outcome is the same on every run.
 
 
+def draws(backend) -> int:
+    return backend.fewer(DRAWS, emulated=500)
+
+
 def fixed_logits(backend, V: int, **laws: Any) -> Head:
     logits = torch.randint(-24, 9, (V,)) / 8
     logits[[1, V - 1]] = logits[0].clone()  # equals
-    return Head(backend, torch.ones(1, 1).expand(DRAWS, 1).contiguous(), logits[:, None], laws)
+    return Head(backend, torch.ones(draws(backend), 1), logits[:, None], laws)
 
 
 KEY = {
-    "position": lambda: {"positions": torch.arange(DRAWS)},
-    "sample": lambda: {"samples": torch.arange(DRAWS)},
-    "seed": lambda: {"seeds": torch.arange(DRAWS)},
-    "high-seed": lambda: {"seeds": torch.arange(DRAWS) << 32},
+    "position": lambda n: {"positions": torch.arange(n)},
+    "sample": lambda n: {"samples": torch.arange(n)},
+    "seed": lambda n: {"seeds": torch.arange(n)},
+    "high-seed": lambda n: {"seeds": torch.arange(n) << 32},
 }
 
 
@@ -279,7 +284,7 @@ KEY = {
 @pytest.mark.parametrize("V", [11, 40])
 def test_law_of_temperature(backend, V, temperature, key):
     head = fixed_logits(backend, V)
-    tokens, _ = head.choose(temperature=temperature, **KEY[key]())
+    tokens, _ = head.choose(temperature=temperature, **KEY[key](draws(backend)))
     assert_follows(tokens, torch.tensor(law_of(head.weight[:, 0].tolist(), temperature)))
 
 
@@ -302,7 +307,7 @@ def test_law_of_temperature(backend, V, temperature, key):
 @pytest.mark.parametrize("V", [11, 40])
 def test_law_of_truncation(backend, V, law):
     head = fixed_logits(backend, V)
-    tokens, _ = head.choose(positions=torch.arange(DRAWS), **law)
+    tokens, _ = head.choose(positions=torch.arange(draws(backend)), **law)
     assert_follows(tokens, torch.tensor(law_of(head.weight[:, 0].tolist(), **({"temperature": 1.0} | law))))
 
 
@@ -310,16 +315,16 @@ def test_law_of_truncation(backend, V, law):
 def test_neighbouring_draws_are_independent(backend, key):
     """The joint law of pairs is the product."""
     head = fixed_logits(backend, 7)
-    tokens, _ = head.choose(**KEY[key]())
+    tokens, _ = head.choose(**KEY[key](draws(backend)))
     law = torch.tensor(law_of(head.weight[:, 0].tolist(), 1.0))
     for distance in (1, 2):
         first, second = tokens.unflatten(0, (-1, 2 * distance))[:, [0, distance]].unbind(1)
         assert_follows(7 * first + second, torch.outer(law, law).flatten())
 
 
-def test_g_test_finds_another_law(backend):
+def test_g_test_finds_another_law(cpu):
     """The test can fail: temperature 1.15 is not 1."""
-    head = fixed_logits(backend, 40)
+    head = fixed_logits(cpu, 40)
     tokens, _ = head.choose(temperature=1.15, positions=torch.arange(DRAWS))
     with pytest.raises(AssertionError, match="G ="):
         assert_follows(tokens, torch.tensor(law_of(head.weight[:, 0].tolist(), 1.0)))
@@ -360,17 +365,23 @@ def test_error_messages(backend, changes, message):
     assert_raises(backend, "lm_head_choose", small_call(backend), changes, message)
 
 
-@each_wrong_call(
-    {
-        f"{name}={value}": (
-            {name: torch.tensor([OFF[name], value, OFF[name]], dtype=DTYPES.get(name, torch.float32))},
-            f"{name} must be .*, got .* at 1",
-        )
-        for name, value in WITHOUT_LAW
-    }
-)
-def test_values_without_a_law(cpu, changes, message):
-    assert_raises(cpu, "lm_head_choose", small_call(cpu), changes, message)
+@each_value_without_a_law
+def test_values_without_a_law(cpu, name, value):
+    changes = {name: torch.tensor([OFF[name], value, OFF[name]], dtype=DTYPES.get(name, torch.float32))}
+    assert_raises(cpu, "lm_head_choose", small_call(cpu), changes, f"{name} must be .*, got .* at 1")
+
+
+@each_value_without_a_law
+def test_gpu_gives_no_token_by_a_value_without_a_law(gpu, name, value):
+    head = normal_head(gpu, 6, 40, torch.bfloat16)
+    call = head.call(temperature=torch.tensor([0, 0, 1, 1, 0.5, 0.5]), top_k=5, top_p=0.5)
+    clean = gpu.op("lm_head_choose")(**call)
+    call[name][::2] = value
+    tokens, logprobs = gpu.op("lm_head_choose")(**call)
+    assert (tokens[::2] == -1).all()
+    assert logprobs[::2].isnan().all()
+    for ours, expected in zip((tokens, logprobs), clean, strict=True):
+        assert same_bits(ours[1::2], expected[1::2])
 
 
 # Registration.
