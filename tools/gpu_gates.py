@@ -187,7 +187,7 @@ def ninja(targets: list[str]) -> str:
         if not re.match(r"ptxas info|ninja: Entering| +\d+ bytes stack frame, 0 bytes spill", line):
             print(line.rstrip()[:2000], flush=True)
     if process.wait():
-        raise GateError("the build failed; ptxas warns of each spill as an error")
+        raise GateError("the build failed, see above; a register spill is an error of ptxas, too")
     return "".join(said)
 
 

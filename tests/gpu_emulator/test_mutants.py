@@ -48,6 +48,9 @@ MUTANTS = [
     Mutant(None, "device/reduce.cuh", 2, warp=64, tests="block_sum"),
     Mutant("packed_linear", "device/panel.cuh", 2),  # the first is for operators that give their rows in parts
     Mutant("packed_linear", "device/panel.cuh", 2, warp=64),
+    Mutant("moe_experts", "moe_experts.cu", 1),
+    Mutant("moe_experts", "moe_experts.cu", 2, warp=64),
+    Mutant("moe_experts", "device/panel.cuh", 1),
     Mutant("cca_mix", "cca_mix.cu", 1),
     Mutant("cca_mix", "cca_mix.cu", 2, warp=64),
     Mutant("cca_mix", "cca_mix.cu", 3),

@@ -50,8 +50,9 @@ PACK = "import torch, blockdraft; blockdraft.ops.pack_weight(torch.ones({rows}, 
 def test_unknown_isa_raises(code):
     result = run("sse9", "-c", code)
     assert result.returncode == 1
-    message = "BLOCKDRAFT_CPU_ISA must be base, avx2, avx512 or avx512bf16, got sse9"
-    assert result.stderr.strip().endswith(f"RuntimeError: {message}")
+    assert result.stderr.strip().endswith(
+        "RuntimeError: BLOCKDRAFT_CPU_ISA must be base, avx2, avx512 or avx512bf16, got sse9"
+    )
 
 
 def test_empty_variable_is_none():
