@@ -8,8 +8,8 @@ from blockdraft.errors import RequestError
 class NgramDrafter:
     """Guesses that the text goes on as it did after the latest earlier occurrence of its longest repeated ending.
 
-    Holds the text of one sample. A token and a draft cost a few look-ups for each length of an ending at most, whatever
-    the length of the text: 3.5 and 0.8 us in Python sources.
+    Holds the text of one sample. A token costs a few look-ups for each length of an ending at most, whatever the length
+    of the text: 1.7 us in Python sources. A draft is a slice.
 
     Memory: the index has an entry for every different n-gram of `shortest` tokens, and for a longer one only where it
     tells occurrences apart; at most `(longest - shortest + 2) / 2` entries a token, 4 with the defaults. Measured, text
@@ -17,6 +17,10 @@ class NgramDrafter:
 
     Args:
         longest, shortest: Tokens of the endings that are looked for, 1 <= shortest <= longest.
+
+    Attributes:
+        matched: How much speaks for the drafts: tokens of the ending that was found, or, where it is more, those
+            before it that guesses foresaw one after the other, and the ending that they began with. 0: none was found.
 
     Raises:
         RequestError: Lengths that are not that.
@@ -26,41 +30,43 @@ class NgramDrafter:
         if not 1 <= shortest <= longest:
             raise RequestError(f"shortest and longest must be 1 <= shortest <= longest, got {shortest} and {longest}")
         self.longest, self.shortest = longest, shortest
+        self.matched = 0
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> position of the token after its latest occurrence
+        self._next = 0  # position of what followed the ending's earlier occurrence
+
+    @property
+    def guess(self) -> int | None:
+        """The token that should come next; None where the ending is new."""
+        return self._tokens[self._next] if self.matched else None
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Adds tokens to the text."""
         for token in tokens:
-            self._index(len(self._tokens))
+            run = self.matched + 1 if self.guess == token else 0
             self._tokens.append(token)
+            self.matched = max(self._index(len(self._tokens)), run)
 
     def draft(self, count: int) -> list[int]:
         """Up to `count` tokens: fewer where the occurrence is close to the end of the text, none without one."""
         if count < 0:
             raise RequestError(f"count must be at least 0, got {count}")
-        end, found = len(self._tokens), len(self._tokens)
-        for n in range(self.shortest, min(self.longest, end) + 1):
-            after = self._after.get(self._gram(end, n))
-            if after is None:
-                break
-            found = after
-        return self._tokens[found : found + count]
+        return self._tokens[self._next : self._next + count] if self.matched else []
 
-    def _gram(self, end: int, n: int) -> tuple[int, ...]:
-        return tuple(self._tokens[end - n : end])
-
-    def _index(self, end: int) -> None:
-        """Notes the n-grams before position `end`, the token of which is about to come.
+    def _index(self, end: int) -> int:
+        """Notes the n-grams before position `end`, and what followed the longest that is not new; returns its length.
 
         A longer n-gram is noted once the shorter one that it ends with has occurred twice. Until then both have one
         occurrence and the same answer; from then on the first occurrence's longer n-gram is noted too.
         """
+        length = 0
         for n in range(self.shortest, min(self.longest, end) + 1):
-            gram = self._gram(end, n)
+            gram = tuple(self._tokens[end - n : end])
             earlier = self._after.get(gram)
             self._after[gram] = end
             if earlier is None:
-                return
+                break
+            length, self._next = n, earlier
             if n < min(self.longest, earlier):
-                self._after[self._gram(earlier, n + 1)] = earlier
+                self._after[tuple(self._tokens[earlier - n - 1 : earlier])] = earlier
+        return length

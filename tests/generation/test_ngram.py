@@ -39,6 +39,28 @@ def test_equals_search(longest, shortest, alphabet):
                 assert drafter.draft(count) == expected, f"{text[: end + 1]}, count {count}"
 
 
+def longest_repeated_ending(text: list[int], longest: int, shortest: int) -> int:
+    """Its length; 0 where none of the lengths looked for occurred before."""
+    for n in range(min(longest, len(text) - 1), shortest - 1, -1):
+        if any(text[i : i + n] == text[-n:] for i in range(len(text) - n)):
+            return n
+    return 0
+
+
+@pytest.mark.parametrize(("longest", "shortest"), LENGTHS)
+@pytest.mark.parametrize("alphabet", [1, 2, 3, 10])
+def test_matched(longest, shortest, alphabet):
+    """The longest repeated ending, or one more with every guess that held."""
+    rng = random.Random(alphabet)
+    text, drafter, run = random_text(rng, alphabet, 120), NgramDrafter(longest, shortest), 0
+    for end, token in enumerate(text):
+        run = run + 1 if drafter.guess == token else 0
+        assert [drafter.guess] == (drafter.draft(1) or [None])
+        drafter.extend([token])
+        run = max(run, longest_repeated_ending(text[: end + 1], longest, shortest))
+        assert drafter.matched == run, f"{text[: end + 1]}"
+
+
 def test_pieces_do_not_matter():
     text = random_text(random.Random(0), 3, 200)
     whole, pieces = NgramDrafter(), NgramDrafter()
@@ -78,7 +100,7 @@ def test_index_stays_small():
     unique.extend(range(1000))
     text = [rng.randrange(12) for _ in range(1980)]
     recurring.extend(text + text[:20])
-    assert len(unique._after) == 998  # 2-grams that something follows
+    assert len(unique._after) == 999  # 2-grams
     assert len(recurring._after) <= 4 * 2000
     assert {len(gram) for gram in recurring._after} == set(range(2, 9))
 
