@@ -238,7 +238,7 @@ def test_rejection_promises_a_law_and_not_tokens():
         (["--temperature", "-1"], "temperature must be"),
         (["--block-length", "1"], "block_length must be"),
         (["--groups", "-1"], "groups must be"),
-        (["--drafter", "ngram"], "--drafter must be mask"),
+        (["--drafter", "ngram"], "--drafter must be auto or mask"),
         (["--plot", "x.pdf"], "--plot must end in .png or .svg"),
         (["--prompts", "no/such/file.jsonl"], "no/such/file.jsonl"),
         (["--model", "no/such/model"], "no/such/model"),

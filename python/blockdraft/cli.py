@@ -172,7 +172,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser, needs_prompt: bool =
 
 def add_drafting_arguments(parser: argparse._ArgumentGroup) -> None:
     rules = ("gumbel", "rejection", "match")
-    parser.add_argument("--drafter", choices=("mask", "ngram", "none"), default="mask", help="default: %(default)s")
+    drafters = ("auto", "mask", "ngram", "none")
+    parser.add_argument("--drafter", choices=drafters, default="auto", help="default: %(default)s")
     parser.add_argument("--verification", choices=rules, default="gumbel", help="default: %(default)s")
     parser.add_argument("--block-length", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--groups", type=levels, metavar="R", help="mask groups, or accept lengths as 0,6,15 (planned)")

@@ -9,9 +9,10 @@ A sequence with a decided token that is not in the cache yet (its anchor) takes 
     ar       the anchor alone
     denoise  a block of mask rows, in which some tokens may stand already (`blockdraft.denoise`)
 
-All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923), the text so far,
-or a callable; the tokens of the lossless rules are those of plain decoding (see `blockdraft.decide`), because verified
-rows are plain causal rows with the same bits and the noise of a position does not depend on the step.
+All sequences share each forward, whatever their phase. Drafts come from mask rows (arXiv 2511.08923) or the text so
+far, by the planner's choice at each step if need be, or from a callable; the tokens of the lossless rules are those of
+plain decoding (see `blockdraft.decide`), because verified rows are plain causal rows with the same bits and the noise
+of a position does not depend on the step.
 """
 
 import time
@@ -54,9 +55,9 @@ class Engine:
         """Checks everything, then decodes; events come as forwards end."""
         waiting: deque[Sample] = deque()
         for request, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            p = self._settled(p)
             self._check(prompt, p)
-            p = p.with_seed()
-            waiting.extend(self._samples(prompt, p, request))
+            waiting.extend(self._samples(prompt, p.with_seed(), request))
         return self._loop(waiting)
 
     def _samples(self, prompt: list[int], params: SamplingParams, request: int) -> Iterator[Sample]:
@@ -79,6 +80,15 @@ class Engine:
 
     # Requests
 
+    def _settled(self, params: SamplingParams) -> SamplingParams:
+        """With the one drafter that "auto" leaves where there is nothing to weigh."""
+        if params.drafter != "auto" or params.sampler == "denoise":
+            return params
+        pinned, mixes, masks = params.groups is not None, params.mix > 0, self.config.mask_token_id is not None
+        if masks and not pinned and not mixes:
+            return params
+        return replace(params, drafter="mask" if masks or mixes else "ngram")
+
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if len(prompt) >= self.context:
             raise RequestError(
@@ -88,7 +98,7 @@ class Engine:
         params.processors.check(self.config.vocab_size)
         if params.stop_strings and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer.json beside the weights; use token ids")
-        if params.sampler == "denoise" or (params.drafts and params.drafter == "mask"):
+        if params.sampler == "denoise" or (params.drafts and params.drafter in ("auto", "mask")):
             self._check_masks(params)
 
     def _check_masks(self, params: SamplingParams) -> None:
@@ -219,6 +229,7 @@ class Engine:
         text = self._append(sample, decided, committed - part.forced) if decided is not None else ""
         new = tuple(sample.tokens[before:])
         accepted = min(accepted, committed - 1) if part.kind == VERIFY else 0
+        self._learn(part, accepted)
         self._count(part, accepted, len(new))
         if asks and asks[0].mixes:
             for kl, distance in measure_mixing(self.model.heads, hidden_states, asks[0], len(new)):
@@ -240,7 +251,7 @@ class Engine:
         late = []
         for part, own, n in zip(parts, decided, committed, strict=True):
             sample = part.sample
-            sample.drafts, sample.draft_logprobs, sample.draft_states = [], [], None
+            sample.set_drafts()
             if sample.finish_reason or not part.block.groups or sample.params.sampler == "denoise":
                 continue
             ask = self._draft_ask(part, n)
@@ -256,7 +267,8 @@ class Engine:
 
     def _keep(self, ask: Ask, drafts: Decided, hidden_states: Tensor) -> None:
         params = ask.params
-        ask.sample.drafts, ask.sample.draft_logprobs = drafts.tokens, drafts.logprobs
+        ask.sample.set_drafts("mask", drafts.tokens)
+        ask.sample.draft_logprobs = drafts.logprobs
         if params.rejects or (params.mix > 0 and params.mix_source == "draft"):
             ask.sample.draft_states = hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
 
@@ -299,15 +311,33 @@ class Engine:
         stats.plan[plan] = stats.plan.get(plan, 0) + 1
         stats.plan_reason = part.plan.reason
         if part.kind == VERIFY:
-            stats.count_verified(part.causal - 1, accepted)
-            self.model.planner.count(part.sample.drafter_kind, part.sample.acceptance, part.causal - 1, accepted)
+            stats.count_verified(part.source, part.causal - 1, accepted)
+
+    def _learn(self, part: Part, accepted: int) -> None:
+        """Tells the planner which drafts held: those verified, and what n-grams would have drafted."""
+        sample, planner = part.sample, self.model.planner
+        if part.kind == VERIFY and part.source != "ngram":
+            part.guessed = sum(held for _, held in sample.guesses[:accepted])
+            own = sample.acceptance[part.source]
+            planner.count(sample.kind(part.source), own, part.causal - 1, accepted, part.guessed)
+        if sample.guesses:
+            planner.count_guesses(sample.kind("ngram"), sample.acceptance["ngram"], sample.guesses)
+            sample.guesses = []
 
     def _account(self, parts: list[Part], taken: list[tuple[str, tuple[int, ...], int]]) -> None:
-        """Tells the planner what a decode forward brought; forwards with prompts in them say nothing about drafts."""
-        if all(part.kind in (AR, DRAFT, VERIFY) for part in parts):
-            tokens = sum(len(new) for _, new, _ in taken)
-            drafting = any(part.kind != AR for part in parts)
-            self.model.planner.account(sum(part.block.rows for part in parts), len(parts), tokens, drafting)
+        """Tells the planner what a decode forward brought; forwards with prompts in them say nothing about drafts.
+
+        Only what is tried is held against plain decoding: n-gram drafts are known from what they would have brought.
+        """
+        if any(part.kind not in (AR, DRAFT, VERIFY) for part in parts):
+            return
+        planner = self.model.planner
+        planner.account(sum(part.block.rows for part in parts), len(parts))
+        if any(part.kind != AR and part.source != "ngram" for part in parts):
+            pairs = list(zip(parts, (len(new) for _, new, _ in taken), strict=True))
+            rows = sum(1 if part.source == "ngram" else part.block.rows for part in parts)
+            tokens = sum(1 if part.source == "ngram" else new - part.guessed for part, new in pairs)
+            planner.account_drafts(rows, len(parts), tokens)
 
     def _event(
         self, part: Part, text: str, new: tuple[int, ...], accepted: int, started: float, seconds: float
@@ -329,6 +359,7 @@ class Engine:
             plan=(part.causal, part.plan.levels),
             logprobs=tuple(sample.decided.logprobs[len(sample.decided.logprobs) - len(new) :]),
             draft_logprobs=part.draft_logprobs,
+            drafter=part.source,
             seconds=seconds,
         )
 

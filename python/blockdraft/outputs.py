@@ -13,6 +13,8 @@ class GenerationStats:
         drafted, accepted: Drafts verified and accepted; the anchor is neither.
         committed: Tokens that its decode forwards decided and the output kept.
         acceptance_histogram: Verify forwards by number of accepted drafts.
+        verified_by, accepted_by: Verify forwards and accepted drafts by whose the drafts were: "mask", "ngram",
+            "callable".
         missed_groups: Verify forwards with mask groups, none of which fitted what was accepted.
         plan: Decode forwards by what was planned: "ar", "draft", "verify", and "verify+R" for R mask groups with it.
         plan_reason: Why the last forward was planned as it was.
@@ -32,6 +34,8 @@ class GenerationStats:
     accepted: int = 0
     committed: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
+    verified_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
     missed_groups: int = 0
     plan: dict[str, int] = field(default_factory=dict)
     plan_reason: str = ""
@@ -59,7 +63,9 @@ class GenerationStats:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def count_verified(self, drafted: int, accepted: int) -> None:
+    def count_verified(self, drafter: str, drafted: int, accepted: int) -> None:
+        self.verified_by[drafter] = self.verified_by.get(drafter, 0) + 1
+        self.accepted_by[drafter] = self.accepted_by.get(drafter, 0) + accepted
         self.drafted += drafted
         self.accepted += accepted
         self.acceptance_histogram += [0] * (accepted + 1 - len(self.acceptance_histogram))
@@ -112,12 +118,13 @@ class StreamEvent:
         drafted: Drafts that the forward verified; the first `accepted` of them hold.
         token_ids: Tokens that are now final, in order; they include the accepted drafts.
         text: Text that is now final (characters and stop strings that are still open are held back).
-        provisional: Drafts that wait for the next verification, after all final tokens. In denoising: the block so far,
-            with mask tokens where nothing is revealed yet.
+        provisional: Drafts of mask rows that wait for the next verification, after all final tokens; n-grams may take
+            their place in it. In denoising: the block so far, with mask tokens where nothing is revealed yet.
         plan: What the forward was for this sample: rows it verified or decoded, and the accept lengths that a mask
             group was prepared for.
         logprobs: Plain log-probabilities of token_ids, as the kernel gave them.
         draft_logprobs: Of `drafted` under the plain law of the mask rows that drew them; empty for other drafters.
+        drafter: Whose drafts `drafted` are: "mask", "ngram" or "callable"; empty without.
         seconds: Duration of the forward, which all samples of the batch share.
         finish_reason, output: Of the sample's last event.
     """
@@ -135,4 +142,5 @@ class StreamEvent:
     plan: tuple[int, tuple[int, ...]] = (1, ())
     logprobs: tuple[float, ...] = ()
     draft_logprobs: tuple[float, ...] = ()
+    drafter: str = ""
     seconds: float = 0.0

@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +31,10 @@ LOSS_SHARE, FIRST_LOSSES = 0.015, 2.0
 # Predicted speedup from which on drafting is worth it. Predictions err: n-gram drafts at batch 8 and T = 0.8, where all
 # rows but one a sequence are extra work, were taken at a predicted gain and lost 14%.
 LEAST_GAIN = 1.1
+LEAST_REACHED = 0.05  # a draft that holds more rarely than this is the last one of a block that is thought of
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
+
+Kind = tuple[str, str]  # of drafts: whose they are, and how they are tested
 
 
 @dataclass(frozen=True)
@@ -165,28 +169,45 @@ def _cpu_name() -> str:
 
 @dataclass
 class Acceptance:
-    """How often the j-th draft holds where all before it do.
+    """How often the j-th draft holds where all before it do; of n-gram drafts, one before which j tokens matched.
 
     Attributes:
         tested, passed: Counts for j = 1..31.
         verified: Blocks counted.
+        accepted, guessed: Drafts that held, and those of them that n-grams would have brought as well.
     """
 
     tested: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
     passed: list[float] = field(default_factory=lambda: [0.0] * MAX_BLOCK)
     verified: int = 0
+    accepted: int = 0
+    guessed: int = 0
 
-    def count(self, drafted: int, accepted: int) -> None:
+    def count(self, drafted: int, accepted: int, guessed: int = 0) -> None:
         self.verified += 1
+        self.accepted += accepted
+        self.guessed += guessed
         for j in range(1, min(accepted + 1, drafted) + 1):
-            self.tested[j] += 1
-            self.passed[j] += j <= accepted
+            self.count_one(j, j <= accepted)
+
+    def count_one(self, j: int, holds: bool) -> None:
+        self.tested[j] += 1
+        self.passed[j] += holds
 
     def rates(self, prior: Sequence[float], weight: float) -> list[float]:
         return [
             (passed + weight * p) / (tested + weight)
             for passed, tested, p in zip(self.passed, self.tested, prior, strict=True)
         ]
+
+
+def ngram_prior(matched: int) -> float:
+    """How often the next token repeats as well where `matched` tokens have.
+
+    The bundled model's prompts and outputs, greedy and at T = 0.8, looping and not: 0.28 to 0.46 at 2, 0.48 to 0.73 at
+    3, 0.76 to 1 at 8, 0.83 to 1 at 31.
+    """
+    return matched / (matched + 3)
 
 
 @dataclass(frozen=True)
@@ -200,6 +221,72 @@ class Option:
     late: float = 0.0
 
 
+PLAIN = Option(1, (), 1.0, 1.0)
+
+
+class Offer(NamedTuple):
+    """A block to verify: its tokens beyond their price, rows, and groups. The default is none."""
+
+    gain: float = 0.0
+    rows: int = 1
+    levels: tuple[int, ...] = ()
+
+
+class Price:
+    """Tokens that rows of a sequence must bring in a forward: what going on by its option brings in that time.
+
+    Args:
+        costs: Forward times.
+        rate: Tokens per millisecond that the batch is expected to decode.
+        option: How the sequence goes on.
+        others, sequences: Rows of the rest of the batch, and sequences of all of it.
+    """
+
+    def __init__(self, costs: CostTable, rate: float, option: Option, others: float, sequences: int) -> None:
+        self.costs, self.rate, self.option, self.others, self.sequences = costs, rate, option, others, sequences
+        self.known: dict[int, float] = {}
+
+    def __call__(self, rows: int) -> float:
+        if rows not in self.known:
+            more = self._time(rows) - self._time(self.option.mean_rows)
+            self.known[rows] = self.option.tokens + self.rate * more
+        return self.known[rows]
+
+    def _time(self, rows: float) -> float:
+        return self.costs.time(self.others + rows, self.sequences)
+
+    def drafts(self, masks: int) -> float:
+        """Worth of drafts that wait: the forward that would bring them and one token."""
+        return self(1 + masks) - 1 if masks else 0.0
+
+    def best_block(self, chances: Iterable[float], levels: Sequence[int], masks: int) -> Offer:
+        """A block of drafts that are there already, of the length that is worth most.
+
+        Args:
+            chances: Of each draft to hold where all before it do.
+            levels: Accept lengths of mask groups that may stand beside it, all or none of them.
+            masks: Rows of a group.
+        """
+        best, known, tokens, reached = Offer(), [0.0], 1.0, 1.0
+        for rows, chance in enumerate(chances, 2):
+            known.append(chance)
+            reached *= chance
+            tokens += reached
+            best = max(best, Offer(tokens - LEAST_GAIN * self(rows), rows))
+            if reached < LEAST_REACHED:
+                break
+        return max(best, self._with_groups(known, tuple(i for i in levels if i < len(known)), masks))
+
+    def _with_groups(self, chances: Sequence[float], levels: tuple[int, ...], masks: int) -> Offer:
+        rows = len(chances)
+        if not levels or rows == 1:
+            return Offer()
+        exactly = accept_lengths(chances, rows)
+        tokens = 1 + sum(i * p for i, p in enumerate(exactly))
+        drafts = self.drafts(masks) * sum(exactly[i] for i in levels)
+        return Offer(tokens + drafts - LEAST_GAIN * self(rows + masks * len(levels)), rows, levels)
+
+
 class Planner:
     """Plans for the sequences of one model; what it learns from one request is the next one's prior.
 
@@ -210,30 +297,53 @@ class Planner:
 
     def __init__(self, costs: CostTable, block_length: int) -> None:
         self.costs, self.block_length = costs, block_length
-        self.seen: dict[str, Acceptance] = {}  # by kind of drafter
+        self.seen: defaultdict[Kind, Acceptance] = defaultdict(Acceptance)
         self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
         self.spent = 0.0  # predicted ms of all decoding
 
-    def rates(self, drafter: str, own: Acceptance) -> list[float]:
-        shared = self.seen.setdefault(drafter, Acceptance())
-        prior = shared.rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
+    def rates(self, kind: Kind, own: Acceptance) -> list[float]:
+        prior = self.seen[kind].rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
         return own.rates(prior, REQUEST_WEIGHT)
 
-    def verified(self, drafter: str) -> int:
+    def ngram_rates(self, kind: Kind, own: Acceptance, matched: int, count: int) -> Iterator[float]:
+        """Of `count` n-gram drafts in turn, where `matched` tokens matched before the first; see `Acceptance`."""
+        shared = self.seen[kind]
+        for draft in range(matched, matched + count):
+            j = min(draft, MAX_BLOCK - 1)
+            prior = (shared.passed[j] + PRIOR_WEIGHT * ngram_prior(j)) / (shared.tested[j] + PRIOR_WEIGHT)
+            yield (own.passed[j] + REQUEST_WEIGHT * prior) / (own.tested[j] + REQUEST_WEIGHT)
+
+    def unguessed(self, kind: Kind) -> float:
+        """Share of the drafts that hold which n-grams would not have brought."""
+        seen = self.seen[kind]
+        return 1 - (seen.guessed + PRIOR_RATE * PRIOR_WEIGHT) / (seen.accepted + PRIOR_WEIGHT)
+
+    def verified(self, kind: Kind) -> int:
         """Blocks counted so far."""
-        return self.seen.setdefault(drafter, Acceptance()).verified
+        return self.seen[kind].verified
 
-    def count(self, drafter: str, own: Acceptance, drafted: int, accepted: int) -> None:
-        own.count(drafted, accepted)
-        self.seen.setdefault(drafter, Acceptance()).count(drafted, accepted)
+    def count(self, kind: Kind, own: Acceptance, drafted: int, accepted: int, guessed: int = 0) -> None:
+        """A block was verified; n-grams would have drafted `guessed` of what it accepted."""
+        own.count(drafted, accepted, guessed)
+        self.seen[kind].count(drafted, accepted, guessed)
 
-    def account(self, rows: int, sequences: int, tokens: int, drafting: bool) -> None:
-        """Books a decode forward: what it took and what plain decoding would have taken for its tokens."""
+    def count_guesses(self, kind: Kind, own: Acceptance, guesses: Iterable[tuple[int, bool]]) -> None:
+        """What came of n-gram drafts, verified or not: see `Sample.guesses`."""
+        shared = self.seen[kind]
+        for matched, held in guesses:
+            if matched:
+                own.count_one(min(matched, MAX_BLOCK - 1), held)
+                shared.count_one(min(matched, MAX_BLOCK - 1), held)
+
+    def account(self, rows: int, sequences: int) -> None:
+        """Books a decode forward."""
+        self.spent += self.costs.time(rows, sequences)
+
+    def account_drafts(self, rows: int, sequences: int, tokens: int) -> None:
+        """Books what a decode forward took with drafts, and what plain decoding would have taken for its tokens."""
         took = self.costs.time(rows, sequences)
         plain = tokens * self.costs.time(sequences, sequences) / sequences
-        self.spent += took
-        if drafting:
-            self.lost = max(self.lost + took - plain, -took)
+        self.lost = max(self.lost + took - plain, -took)
 
     def account_prompt(self, rows: int) -> None:
         """Books mask rows behind a prompt that were a trial."""
@@ -245,7 +355,9 @@ class Planner:
         step = self.costs.time(1, 1)
         return self.lost <= max(LOSS_SHARE * self.spent, FIRST_LOSSES * step)
 
-    def options(self, rates: Sequence[float], masks: int, block_length: int, free: bool) -> list[Option]:
+    def options(
+        self, rates: Sequence[float], masks: int, block_length: int, free: bool, counted: float = 1.0
+    ) -> list[Option]:
         """Plain decoding, and blocks with 0, 1, 3 and all groups.
 
         Args:
@@ -253,11 +365,12 @@ class Planner:
             masks: Rows of a mask group; 0 where drafts come from elsewhere.
             block_length: Rows of a block.
             free: Drafts need no forward of their own.
+            counted: Share of the drafts that hold which is worth something; see `unguessed`.
         """
-        found = [Option(1, (), 1.0, 1.0)]
+        found = [PLAIN]
         for rows in sorted({min(4, block_length), min(8, block_length), block_length}):
             exactly = accept_lengths(rates, rows)
-            accepted = sum(i * p for i, p in enumerate(exactly))
+            accepted = counted * sum(i * p for i, p in enumerate(exactly))
             if free:
                 found.append(Option(rows, (), 1 + accepted, rows))
                 continue
@@ -284,12 +397,7 @@ class Planner:
         All alike first, plain decoding unless something else is clearly better; then each sequence may leave for the
         option that gains most at the going price of a row.
         """
-        n = len(choices)
-
-        def rate(picked: list[Option]) -> float:
-            late = max(o.late for o in picked) * self.costs.late_ms
-            return sum(o.tokens for o in picked) / (self.costs.time(sum(o.mean_rows for o in picked), n) + late)
-
+        n, rate = len(choices), self.rate
         alike = [[options[min(i, len(options) - 1)] for options in choices] for i in range(max(map(len, choices)))]
         plain, best = alike[0], max(alike, key=rate)
         if rate(best) < LEAST_GAIN * rate(plain):
@@ -300,6 +408,18 @@ class Planner:
         price = value * (self.costs.time(rows + 8, n) - self.costs.time(rows, n)) / 8
         each = [max(options, key=lambda o: o.tokens - price * o.mean_rows) for options in choices]
         return each if rate(each) > max(value, LEAST_GAIN * rate(plain)) else best
+
+    def rate(self, picked: list[Option]) -> float:
+        """Predicted tokens per millisecond of a batch."""
+        late = max(o.late for o in picked) * self.costs.late_ms
+        took = self.costs.time(sum(o.mean_rows for o in picked), len(picked))
+        return sum(o.tokens for o in picked) / (took + late)
+
+    def prices(self, picked: list[Option]) -> list[Price]:
+        """One per sequence of a batch, for what they were given to choose; sequences that go on alike share theirs."""
+        rate, rows = self.rate(picked), sum(o.mean_rows for o in picked)
+        known = {o: Price(self.costs, rate, o, rows - o.mean_rows, len(picked)) for o in picked}
+        return [known[o] for o in picked]
 
 
 def accept_lengths(rates: Sequence[float], rows: int) -> list[float]:

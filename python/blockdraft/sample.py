@@ -1,7 +1,9 @@
 """A sample in flight, and its share of a forward."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -11,7 +13,7 @@ from blockdraft.decide import Decided
 from blockdraft.denoise import Canvas
 from blockdraft.ngram import NgramDrafter
 from blockdraft.outputs import GenerationStats
-from blockdraft.plan import Acceptance, Option, Plan
+from blockdraft.plan import Acceptance, Option, Plan, Price
 from blockdraft.processors import Processors, TokenCounts
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import VERIFY, Block, Group
@@ -37,6 +39,7 @@ class Sample:
         self.tokens: list[int] = []  # decided; the last one is the anchor, not yet in the cache
         self.decided = Decided()  # what is known of them
         self.drafts: list[int] = []
+        self.source = ""  # whose those are: "mask", "ngram" or "callable"
         self.draft_logprobs: list[float] = []  # of those, where mask rows drew them
         self.draft_states: Tensor | None = None  # hidden states that they were drawn from
         self.canvas = Canvas()
@@ -44,10 +47,13 @@ class Sample:
         self.stats = GenerationStats()
         self.finish_reason: str | None = None
         self.started = 0.0
-        self.acceptance = Acceptance()
+        self.acceptance: defaultdict[str, Acceptance] = defaultdict(Acceptance)  # by source
         self.option: Option | None = None
+        self.price: Price | None = None
         self.counts = TokenCounts(prompt) if self.processors.active else None
-        self.ngram = NgramDrafter() if params.drafts and params.drafter == "ngram" else None
+        self.ngram = NgramDrafter() if params.drafts and params.drafter in ("ngram", "auto") else None
+        # Of the tokens of the last forward: how many before it repeated earlier text, and whether it did as well.
+        self.guesses: list[tuple[int, bool]] = []
         if self.ngram is not None:
             self.ngram.extend(prompt)
 
@@ -68,12 +74,25 @@ class Sample:
     def last(self) -> int:
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
-    @property
-    def drafter_kind(self) -> str:
-        """Whose drafts, tested by what: acceptances at one temperature say little about another."""
+    @cached_property
+    def rule(self) -> str:
+        """How drafts are tested: acceptances at one temperature say little about another."""
         p = self.params
-        name = p.drafter if isinstance(p.drafter, str) else "callable"
-        return f"{name}, {p.verification}, T={p.temperature:.1f}, mix={p.mix:.1f}"
+        return f"{p.verification}, T={p.temperature:.1f}, mix={p.mix:.1f}"
+
+    @property
+    def main_source(self) -> str:
+        """Whose drafts the planner's options are about."""
+        name = self.params.drafter if isinstance(self.params.drafter, str) else "callable"
+        return "mask" if name == "auto" else name
+
+    def kind(self, source: str = "") -> tuple[str, str]:
+        """Of the drafts of a source, the main one by default."""
+        return source or self.main_source, self.rule
+
+    def set_drafts(self, source: str = "", tokens: Sequence[int] = ()) -> None:
+        """Drafts that nothing is known of but their tokens."""
+        self.source, self.drafts, self.draft_logprobs, self.draft_states = source, list(tokens), [], None
 
     def append(self, token: int) -> str:
         """Takes a decided token; returns the text that became final."""
@@ -81,7 +100,8 @@ class Sample:
         if self.counts is not None:
             self.counts.extend([token])
         if self.ngram is not None:
-            self.ngram.extend([token])
+            self.guesses.append((self.ngram.matched, self.ngram.guess == token))
+            self.ngram.extend((token,))
         return self.text.append(token)
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> int:
@@ -101,6 +121,8 @@ class Part:
     forced: int  # causal rows known to be right: their successors are not decided here
     plan: Plan
     first: int = 0  # its first row
+    source: str = ""  # whose drafts it verifies
+    guessed: int = 0  # accepted ones of mask rows that n-grams would have brought as well
     draft_logprobs: tuple[float, ...] = ()  # of the drafts it verifies
 
     @property

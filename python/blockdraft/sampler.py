@@ -39,7 +39,9 @@ class SamplingParams:
             verification share their noise, the tokens are those of "ar" with the same seed (arXiv 2408.07978).
             "rejection": accepted with min(1, p / q), else drawn from the residual (arXiv 2211.17192): the law of "ar",
             other tokens. "match": accepted if equal to an independent draw: the tokens of "ar", fewer accepted.
-        drafter: "mask" (the model's own mask rows), "ngram" (prompt lookup), "none", or a callable (`Drafter`).
+        drafter: "mask" (the model's own mask rows), "ngram" (prompt lookup), "auto" (at each step the one that is worth
+            more; only "ngram" without a mask token id, only "mask" with groups given or mix > 0, where there is one),
+            "none", or a callable (`Drafter`).
         mix: 0 to 1, weight of the draft's logits in the mixed law. Needs sampler="mixed"; 0 is the lossless path.
         mix_source: "draft": the logits that the tested draft was drawn from. "fresh": those of the first mask row of
             the group after the row that decides, in the same forward; rows without such a group are not mixed.
@@ -71,7 +73,7 @@ class SamplingParams:
     logprobs: int | None = None
     sampler: str = "lossless"
     verification: str = "gumbel"
-    drafter: str | Drafter = "mask"
+    drafter: str | Drafter = "auto"
     mix: float = 0.0
     mix_source: str = "draft"
     mix_max_kl: float | None = None
@@ -103,7 +105,7 @@ class SamplingParams:
         self._one_of("sampler", self.sampler, "lossless", "ar", "mixed", "denoise")
         self._one_of("verification", self.verification, "gumbel", "rejection", "match")
         if not callable(self.drafter):
-            self._one_of("drafter", self.drafter, "mask", "ngram", "none")
+            self._one_of("drafter", self.drafter, "auto", "mask", "ngram", "none")
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop:
             if stop == "" or isinstance(stop, bool) or not isinstance(stop, str | int):
                 raise RequestError(f"stop must be non-empty strings or token ids, got {stop!r}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockdraft.errors import RequestError
-from blockdraft.plan import REPLAN_STEPS, Option, Plan, spread_levels
+from blockdraft.plan import PLAIN, REPLAN_STEPS, Option, Plan, spread_levels
 from blockdraft.sample import Part, Sample
 from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group
 
@@ -56,25 +56,34 @@ class Scheduler:
         return min(sample.remaining, self.context - sample.length)
 
     def _uses_masks(self, sample: Sample) -> bool:
-        return sample.params.drafts and sample.params.drafter == "mask"
+        return sample.params.drafts and sample.params.drafter in ("mask", "auto")
+
+    def _weighs_ngrams(self, sample: Sample) -> bool:
+        """Whether the planner decides at each step if n-gram drafts are verified."""
+        return sample.ngram is not None and sample.params.groups is None
 
     def _replan(self, active: list[Sample]) -> None:
         samples = [s for s in active if s.params.drafts and s.params.groups is None]
         if not samples or self.steps % REPLAN_STEPS:
             return
         # Nothing verified, nothing learned: for a batch that decodes plainly it would be 7% of a small model's time.
-        known = (len(active), *(self.model.planner.verified(s.drafter_kind) for s in samples))
+        planner = self.model.planner
+        known = (len(active), *(planner.verified(s.kind()) for s in samples))
         if self.steps and known == self.known:
             return
         self.known = known
         choices = [self._options(s) for s in samples]
-        for sample, option in zip(samples, self.model.planner.choose(choices), strict=True):
-            sample.option = option
+        options = planner.choose(choices)
+        for sample, option, price in zip(samples, options, planner.prices(options), strict=True):
+            sample.option, sample.price = option, price
 
     def _options(self, sample: Sample) -> list[Option]:
-        masks = self.block_length(sample) if self._uses_masks(sample) else 0
-        rates = self.model.planner.rates(sample.drafter_kind, sample.acceptance)
-        options = self.model.planner.options(rates, masks, self.block_length(sample), masks == 0)
+        masks, planner = self.block_length(sample) if self._uses_masks(sample) else 0, self.model.planner
+        if sample.ngram is not None and not masks:
+            return [PLAIN]
+        rates = planner.rates(sample.kind(), sample.acceptance[sample.main_source])
+        counted = planner.unguessed(sample.kind()) if sample.ngram is not None else 1.0
+        options = planner.options(rates, masks, self.block_length(sample), masks == 0, counted)
         alone = self.config.draft_layout == "anchor_in_block" and masks > 0  # such a block cannot stand beside others
         return [option for option in options if not (alone and option.levels)]
 
@@ -91,11 +100,16 @@ class Scheduler:
             reason = f"{option.tokens:.2f} tokens expected of a forward of {option.mean_rows:.0f} rows"
             levels = self._useful(sample, option.levels, rows) if drafts else (0,)
             return Plan(rows, levels if masks else (), reason)
-        if not (self.may_try or sample is self.trying):
+        nothing = not masks and self._weighs_ngrams(sample)  # to try: n-grams have had their say
+        if nothing or not (self._is_tried(sample) or self.may_try or sample is self.trying):
             return Plan(reason="drafts are not expected to pay")
         self.trying = sample
         rows = min(drafts + 1, 8)
         return Plan(rows, (0,) if masks and rows == 1 else (), "a trial: whether drafts pay is not known well")
+
+    def _is_tried(self, sample: Sample) -> bool:
+        """Drafts wait that a forward was spent on: only their verification says what they are worth."""
+        return sample.source == "mask" and len(sample.drafts) > 0 and sample.option.rows == 1
 
     def _pinned(self, sample: Sample, drafts: int, masks: bool) -> Plan:
         if not drafts:
@@ -162,7 +176,7 @@ class Scheduler:
         self._ask_drafter(sample)
         cached, left = sample.cached, self.left(sample)
         sample.drafts = sample.drafts[: left - 1]
-        plan = self._plan(sample, len(sample.drafts))
+        plan = self._plan_ngrams(sample) or self._plan(sample, len(sample.drafts))
         drafts = sample.drafts[: plan.rows - 1]
         anchor = sample.tokens[-1]
         if not drafts and plan.levels and self.config.draft_layout == "anchor_in_block":
@@ -172,13 +186,33 @@ class Scheduler:
         groups = [self._group(sample, level) for level in plan.levels]
         kind = VERIFY if drafts else DRAFT if groups else AR
         block = Block(cached.length, cached.slot, cached.pages, [anchor, *drafts], groups)
-        return Part(sample, kind, block, 0, plan, draft_logprobs=tuple(sample.draft_logprobs[: len(drafts)]))
+        logprobs = tuple(sample.draft_logprobs[: len(drafts)])
+        return Part(sample, kind, block, 0, plan, source=sample.source if drafts else "", draft_logprobs=logprobs)
+
+    def _plan_ngrams(self, sample: Sample) -> Plan | None:
+        """Verifies n-gram drafts where that is worth more than what else there is to do.
+
+        What the waiting drafts of mask rows are has no say in whether they give way: the rejection rule takes those
+        that it tests for draws of their law.
+        """
+        if not self._weighs_ngrams(sample) or not sample.ngram.matched or self._is_tried(sample):
+            return None
+        planner, masks = self.model.planner, self.block_length(sample) if self._uses_masks(sample) else 0
+        drafts = sample.ngram.draft(min(self.block_length(sample), self.left(sample)) - 1)
+        kind, own = sample.kind("ngram"), sample.acceptance["ngram"]
+        chances = planner.ngram_rates(kind, own, sample.ngram.matched, len(drafts))
+        gain, rows, levels = sample.price.best_block(chances, sample.option.levels, masks)
+        if gain <= (sample.price.drafts(masks) if sample.drafts else 0.0):
+            return None
+        sample.set_drafts("ngram", drafts[: rows - 1])
+        reason = f"{gain:.2f} tokens more expected of n-gram drafts than of what else the time allows"
+        return Plan(rows, self._useful(sample, levels, rows), reason)
 
     def _ask_drafter(self, sample: Sample) -> None:
         params, count = sample.params, min(self.block_length(sample), self.left(sample)) - 1
-        if not params.drafts or params.drafter == "mask" or count < 1:
+        if not params.drafts or self._uses_masks(sample) or self._weighs_ngrams(sample) or count < 1:
             return
-        sample.drafts = []
+        sample.set_drafts()
         if params.groups is None and sample.option.rows == 1 and not self.may_try:
             return
         found = params.drafter(sample.known, count) if callable(params.drafter) else sample.ngram.draft(count)
@@ -186,4 +220,4 @@ class Scheduler:
         for token in drafts:
             if not 0 <= token < self.config.vocab_size:
                 raise RequestError(f"drafter must return token ids in [0, {self.config.vocab_size - 1}], got {token}")
-        sample.drafts = drafts
+        sample.set_drafts(sample.main_source, drafts)

@@ -355,7 +355,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=numbers, default="0,0.7", metavar="T,...", help="default: %(default)s")
     add("--block-length", type=integers, metavar="N,...", help="default: the model's")
     add("--groups", type=int, metavar="R", help="mask groups of a verifying forward; default: planned")
-    add("--drafter", choices=("mask", "ngram"), default="mask", help="of lossless and mixed; default: %(default)s")
+    drafters = ("auto", "mask", "ngram")
+    add("--drafter", choices=drafters, default="auto", help="of lossless and mixed; default: %(default)s")
     verifications = ("gumbel", "rejection", "match")
     add("--verification", choices=verifications, default="gumbel", help="of lossless and mixed; default: %(default)s")
     add("--denoising-steps", type=int, metavar="N", help="of denoise: forwards per block; default: one per token")
@@ -375,7 +376,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if len(set(values)) != len(values):
             raise RequestError(f"--{name.replace('_', '-')} must name each value once, got {values}")
     if args.drafter == "ngram" and "mixed" in args.samplers and any(args.mix):
-        raise RequestError("--drafter must be mask for --samplers mixed: n-gram drafts have no law to mix with")
+        raise RequestError("--drafter must be auto or mask for --samplers mixed: n-gram drafts have no law to mix with")
     if args.plot and args.plot.suffix not in PLOT_SUFFIXES:
         raise RequestError(f"--plot must end in {' or '.join(PLOT_SUFFIXES)}, got {str(args.plot)!r}")
     if args.plot:

@@ -120,6 +120,7 @@ class Recorder:
             "request": event.request,
             "sample": event.sample,
             "kind": event.kind,
+            "drafter": event.drafter,
             "drafted": [{**token, "logprob": x} for token, x in zip(drafted, guessed, strict=True)],
             "accepted": event.accepted,
             "emitted": [{**token, "logprob": x} for token, x in zip(emitted, logprobs, strict=True)],
@@ -175,6 +176,7 @@ _STEP = {
     "request": int,
     "sample": int,
     "kind": str,
+    "drafter": str,
     "drafted": [_TOKEN | {"logprob": _NUMBER | None}],
     "accepted": int,
     "emitted": [_TOKEN | {"logprob": _NUMBER | None}],
@@ -373,6 +375,7 @@ def as_event(record: Record, output: GenerationOutput | None = None) -> StreamEv
         plan=(record["plan"]["rows"], tuple(record["plan"]["groups"])),
         logprobs=() if None in logprobs else tuple(logprobs),
         draft_logprobs=() if None in guessed else tuple(guessed),
+        drafter=record["drafter"],
         seconds=record["seconds"],
     )
 

@@ -114,6 +114,7 @@ SETTINGS = (
     Setting("mask, planned", "mask", None),
     Setting("mask, match", "mask", 1, "match"),
     Setting("ngram", "ngram"),
+    Setting("auto", "auto", None),
     Setting("random", "random"),
 )
 

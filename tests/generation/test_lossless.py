@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM, bundled_model
+from blockdraft.plan import CostTable, Planner
 from bundled_prompts import held_out_prompts
 
 FULL = bool(os.environ.get("BLOCKDRAFT_TEST_FULL"))
@@ -136,7 +137,7 @@ def run_pairs(model, pairs, **changes):
 @pytest.mark.parametrize("groups", [0, 1, 3, 16, (0, 5), None], ids=str)
 def test_mask_groups(model, pairs, plain_pairs, groups):
     """Mask rows beside the verified ones change nothing; None leaves it to the planner."""
-    outputs = run_pairs(model, pairs, groups=groups)
+    outputs = run_pairs(model, pairs, groups=groups, drafter="mask")
     assert_identical(outputs, plain_pairs)
     if groups is not None:
         assert sum(o.stats.accepted for o in outputs) > 0
@@ -145,9 +146,9 @@ def test_mask_groups(model, pairs, plain_pairs, groups):
         assert ("verify" if most == 0 else f"verify+{most}") in planned
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "random", "adversarial"])
+@pytest.mark.parametrize("drafter", ["auto", "ngram", "random", "adversarial"])
 def test_drafters(model, pairs, plain_pairs, drafter):
-    """They bring drafts without mask rows, so that a number of groups has nothing to say; given, it must not harm."""
+    """Without mask rows a number of groups has nothing to say; given, it must not harm. "auto" is "mask" with one."""
     groups = 16
     V, noise = model.config.vocab_size, random.Random(3)
     known = {(tuple(model.encode(p)), seed): e for (p, _, seed), e in zip(pairs, plain_pairs, strict=True)}
@@ -158,8 +159,8 @@ def test_drafters(model, pairs, plain_pairs, drafter):
         return lambda tokens, count: [(t + 1) % V for t in expected[len(tokens) - len(prompt) :][:count]]
 
     def drafter_of(prompt: str, seed: int):
-        if drafter == "ngram":
-            return "ngram"
+        if drafter in ("auto", "ngram"):
+            return drafter
         if drafter == "random":
             return lambda tokens, count: [noise.randrange(V) for _ in range(count)]
         return never_right(model.encode(prompt), seed)
@@ -173,6 +174,25 @@ def test_drafters(model, pairs, plain_pairs, drafter):
     assert sum(o.stats.drafted for o in outputs) > 0
     if drafter == "adversarial":
         assert sum(o.stats.accepted for o in outputs) == 0
+
+
+@pytest.mark.parametrize("verification", ["gumbel", "match"])
+def test_auto(model, pairs, plain_pairs, verification, monkeypatch):
+    """Drafts of mask rows and of n-grams by turns, with groups beside both, in one batch."""
+    monkeypatch.setattr(model, "planner", Planner(CostTable((1, 512), (1.0, 1.5)), 16))
+    outputs = run_pairs(model, pairs, groups=None, drafter="auto", verification=verification)
+    assert_identical(outputs, plain_pairs)
+    for source in ("mask", "ngram"):
+        assert sum(o.stats.accepted_by.get(source, 0) for o in outputs) > 0, source
+    assert any("+" in name for o in outputs for name in o.stats.plan)
+
+
+def test_auto_with_many_samples_and_plain_ones_beside(model, prompts):
+    """Samples of a prompt share what the planner learns, and nothing else."""
+    params = params_of("T0.7", 5, n=3, groups=None, drafter="auto")
+    ways = [params, replace(params, sampler="ar"), replace(params, drafter="mask"), replace(params, drafter="ngram")]
+    outputs = model.generate([prompts[1]] * 4, ways)
+    assert [o.token_ids for o in outputs[:3]] * 3 == [o.token_ids for o in outputs[3:]]
 
 
 def test_match_gives_the_tokens_of_plain_decoding(model, pairs, plain_pairs):

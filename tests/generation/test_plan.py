@@ -8,7 +8,18 @@ import torch
 
 from blockdraft import RequestError, SamplingParams, ZayaForCausalLM, bundled_model, calibrate
 from blockdraft.cli import main
-from blockdraft.plan import LEAST_GAIN, MAX_BLOCK, Acceptance, CostTable, Planner, accept_lengths, table_path
+from blockdraft.ngram import NgramDrafter
+from blockdraft.plan import (
+    LEAST_GAIN,
+    MAX_BLOCK,
+    PLAIN,
+    Acceptance,
+    CostTable,
+    Option,
+    Planner,
+    accept_lengths,
+    table_path,
+)
 from bundled_prompts import held_out_prompts
 from checkpoints import random_model, save, tiny_config
 
@@ -104,23 +115,170 @@ def model():
     return ZayaForCausalLM.from_pretrained(bundled_model(), progress=False)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_useless_drafts_cost_at_most_three_percent(model, batch):
-    """In the planner's own time, whatever the machine does: mask rows with a wrong mask token draft nothing right."""
-    wrong = ZayaForCausalLM(
-        replace(model.config, mask_token_id=7), model.decoder, model.tokenizer, model.dtype, model.device
+def with_planner(model, costs, **config):
+    """The model with a planner that knows nothing yet, and with other values in its configuration."""
+    fresh = ZayaForCausalLM(
+        replace(model.config, **config), model.decoder, model.tokenizer, model.dtype, model.device
     )  # fmt: skip
-    wrong.planner = Planner(MIDDLE, 16)
+    fresh.planner = Planner(costs, 16)
+    return fresh
+
+
+class WrongNgrams(NgramDrafter):
+    """Finds what an n-gram drafter finds, and never says what follows."""
+
+    @property
+    def guess(self):
+        return -1 if self.matched else None
+
+    def draft(self, count):
+        return [(token + 1) % 272 for token in super().draft(count)]
+
+
+@pytest.mark.parametrize("drafter", ["mask", "auto"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_useless_drafts_cost_at_most_three_percent(model, batch, drafter, monkeypatch):
+    """In the planner's own time, whatever the machine does: mask rows with a wrong mask token draft nothing right."""
+    monkeypatch.setattr("blockdraft.sample.NgramDrafter", WrongNgrams)
+    wrong = with_planner(model, MIDDLE, mask_token_id=7)
     prompts = [p[:60] for p in held_out_prompts(8)]
     outputs = []
     for first in range(0, 8, batch):
-        params = SamplingParams(max_tokens=256, ignore_eos=True, temperature=1.0, seed=first)
+        params = SamplingParams(max_tokens=256, ignore_eos=True, temperature=1.0, seed=first, drafter=drafter)
         outputs += wrong.generate(prompts[first : first + batch], params)
     tokens = sum(o.stats.committed for o in outputs)
     assert sum(o.stats.accepted for o in outputs) < 0.3 * sum(o.stats.drafted for o in outputs)
     assert sum(o.stats.plan["ar"] for o in outputs) > 0.8 * tokens
+    assert set().union(*(o.stats.verified_by for o in outputs)) == {"mask"} | (
+        {"ngram"} if drafter == "auto" else set()
+    )
     plain = tokens * MIDDLE.time(batch, batch) / batch
     assert wrong.planner.spent <= 1.03 * plain
+
+
+def test_a_trial_ends_with_its_verification(model):
+    """What a forward was spent on is looked at, whatever is left of the budget: or it pays and never learns."""
+    fresh = with_planner(model, MIDDLE)
+    params = SamplingParams(max_tokens=96, ignore_eos=True, drafter="mask", temperature=1.0, seed=0)
+    for prompt in held_out_prompts(6):
+        stats = fresh.generate(prompt[:80], params)[0].stats
+        assert stats.verify_forwards >= stats.draft_forwards - 1  # the last one may have drafted past the end
+    assert fresh.planner.verified(("mask", "gumbel, T=1.0, mix=0.0")) > 0
+
+
+def test_ngrams_take_no_trial_from_masks(model):
+    """A sample that waits for a match beside one whose mask rows are to be tried."""
+    fresh = with_planner(model, SHAPE)
+    params = SamplingParams(max_tokens=48, ignore_eos=True, temperature=1.0, seed=0)
+    ways = [replace(params, drafter="ngram"), replace(params, drafter="mask")]
+    first, second = fresh.generate([p[:60] for p in held_out_prompts(2)], ways)
+    assert second.stats.verified_by["mask"] > 1
+    assert set(first.stats.verified_by) <= {"ngram"}
+    assert "a trial" not in first.stats.plan_reason
+
+
+def test_price():
+    """Tokens that make a forward as good as the option: the rest of the batch waits as long."""
+    planner = Planner(MIDDLE, 16)
+    (alone,) = planner.prices([PLAIN])
+    assert [alone(rows) for rows in (1, 16, 32)] == pytest.approx([1.0, 1.6, 2.4])
+    one, other = planner.prices([PLAIN] * 2)
+    assert one is other
+    assert one(16) == pytest.approx(1 + 2 * (MIDDLE.time(17, 2) - MIDDLE.time(2, 2)) / MIDDLE.time(2, 2))
+    assert one.drafts(16) == one(17) - 1
+    assert one.drafts(0) == 0
+
+
+def test_blocks_of_ngrams_by_their_worth():
+    """The length that is best of all, found by trying each; none where drafts do not hold."""
+    for option in (PLAIN, Option(16, (), 3.0, 16.5)):
+        for rate in (0.05, 0.3, 0.6, 0.9, 0.99):
+            (price,) = Planner(MIDDLE, 16).prices([option])
+            tokens = [sum(rate**i for i in range(rows)) for rows in range(1, 17)]
+            gains = [0.0] + [tokens[rows - 1] - LEAST_GAIN * price(rows) for rows in range(2, 17)]
+            offer = price.best_block([rate] * 15, (), 16)
+            assert offer.gain == pytest.approx(max(gains), abs=0.02)  # what hardly ever holds is not thought of
+            assert (offer.rows > 1) == (offer.gain > 0)
+    assert Planner(STEEP, 16).prices([PLAIN])[0].best_block([0.99] * 15, (), 16).rows == 1
+
+
+def test_groups_beside_ngrams():
+    """Where rows are free, drafts for what follows come along; where they are not, they do not."""
+    levels = (0, 3, 15)
+    free = Planner(FLAT, 16).prices([Option(16, levels, 6.0, 64)])[0].best_block([0.95] * 15, levels, 16)
+    assert (free.rows, free.levels) == (16, levels)
+    assert Planner(MIDDLE, 16).prices([PLAIN])[0].best_block([0.95] * 15, levels, 16).levels == ()
+    short = Planner(FLAT, 16).prices([Option(16, levels, 2.0, 64)])[0].best_block([0.95] * 5, levels, 16)
+    assert (short.rows, short.levels) == (6, (0, 3))  # none for more drafts than there are
+
+
+def test_ngrams_are_judged_by_what_matched():
+    """Each length of a match on its own; the request outweighs what others have shown, in time."""
+    planner, kind, own = Planner(MIDDLE, 16), ("ngram", "a rule"), Acceptance()
+    assert list(planner.ngram_rates(kind, own, 2, 3)) == pytest.approx([2 / 5, 3 / 6, 4 / 7])
+    planner.count_guesses(kind, Acceptance(), [(2, False)] * 50 + [(3, True)] * 50 + [(0, False)] * 50)
+    low, high, same = planner.ngram_rates(kind, own, 2, 3)
+    assert low < 0.05 < 0.9 < high
+    assert same == pytest.approx(4 / 7)
+    planner.count_guesses(kind, own, [(2, True)] * 50)
+    assert next(planner.ngram_rates(kind, own, 2, 1)) > 0.8
+    planner.count_guesses(kind, own, [(500, True)] * 50)
+    assert list(planner.ngram_rates(kind, own, 400, 2))[1] > 0.9  # all long matches are one
+
+
+def test_what_ngrams_would_have_brought_does_not_count_for_masks():
+    planner, kind = Planner(MIDDLE, 16), ("mask", "a rule")
+    for _ in range(50):
+        planner.count(kind, Acceptance(), 15, 10, guessed=10)
+    assert planner.unguessed(kind) < 0.02
+    counted = planner.options([0.9] * MAX_BLOCK, 16, 16, False, planner.unguessed(kind))
+    assert planner.choose([counted])[0].rows == 1 < planner.choose([pick_options(planner, 0.9)])[0].rows
+
+
+def pick_options(planner, rate):
+    return planner.options([rate] * MAX_BLOCK, 16, 16, False)
+
+
+SHAPE = CostTable((1, 4, 8, 16, 17, 32, 64, 272), (0.6, 0.7, 0.84, 1.08, 1.09, 1.46, 2.1, 6.4), 0.034)  # of two cores
+
+
+def sources(outputs):
+    return {name: sum(o.stats.verified_by.get(name, 0) for o in outputs) for name in ("mask", "ngram")}
+
+
+def test_auto_takes_ngrams_where_text_repeats_and_masks_where_it_does_not(model):
+    """A prompt that is there five times over, and prompts in which no two tokens recur."""
+    params = SamplingParams(max_tokens=48, ignore_eos=True)
+    repeating = with_planner(model, SHAPE)
+    outputs = repeating.generate([p[:40] * 5 for p in held_out_prompts(4)], params)
+    found = sources(outputs)
+    assert found["ngram"] > 2 * found["mask"]
+    assert sum(o.stats.accepted_by["ngram"] for o in outputs) > 4 * found["ngram"]
+    assert any("n-gram drafts" in o.stats.plan_reason for o in outputs)
+    never = with_planner(model, FLAT)
+    outputs = [
+        *never.generate([p[:40] for p in held_out_prompts(4)], replace(params, temperature=0.7, max_tokens=16, seed=1))
+    ]
+    found = sources(outputs)
+    assert found["mask"] > 2 * found["ngram"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_auto_is_as_good_as_the_better_drafter(model, batch, temperature):
+    """By the table's time, no clock: 97% of plain decoding, of masks in turns, and of n-grams always verified."""
+    prompts = [p[:120] for p in held_out_prompts(16)]
+
+    def spent(**changes):
+        fresh = with_planner(model, SHAPE)
+        params = SamplingParams(max_tokens=96, ignore_eos=True, temperature=temperature, seed=0, **changes)
+        outputs = [o for i in range(0, 16, batch) for o in fresh.generate(prompts[i : i + batch], params)]
+        return fresh.planner.spent / sum(o.stats.committed for o in outputs)
+
+    fixed = [spent(sampler="ar"), spent(drafter="mask", groups=0), spent(drafter="ngram", groups=0)]
+    assert spent() <= min(fixed) / 0.97
+    if temperature == 0 and batch == 1:
+        assert spent() < min(fixed)  # both together are better than either
 
 
 def test_useful_drafts_are_used(model):
@@ -128,7 +286,7 @@ def test_useful_drafts_are_used(model):
     outputs = model.generate([p[:100] for p in held_out_prompts(4)], SamplingParams(max_tokens=96, ignore_eos=True))
     stats = [o.stats for o in outputs]
     assert sum(s.committed for s in stats) > 1.5 * sum(s.decode_forwards for s in stats)
-    assert all("tokens expected of a forward of" in s.plan_reason for s in stats)
+    assert all("tokens expected of a forward of" in s.plan_reason or "n-gram" in s.plan_reason for s in stats)
     assert all(sum(s.plan.values()) == s.decode_forwards for s in stats)
 
 

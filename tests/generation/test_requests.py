@@ -1,5 +1,7 @@
 """Requests as users make them: what is refused and how, where text ends, what a stream shows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def model():
         ({"logprobs": 65}, "logprobs must be an integer in"),
         ({"sampler": "beam"}, "sampler must be 'lossless' or 'ar' or 'mixed' or 'denoise', got 'beam'"),
         ({"verification": "typical"}, "verification must be 'gumbel' or 'rejection' or 'match', got 'typical'"),
-        ({"drafter": "eagle"}, "drafter must be 'mask' or 'ngram' or 'none', got 'eagle'"),
+        ({"drafter": "eagle"}, "drafter must be 'auto' or 'mask' or 'ngram' or 'none', got 'eagle'"),
         ({"stop": ("",)}, "stop must be non-empty"),
         ({"stop": (1.5,)}, "stop must be non-empty"),
     ],
@@ -100,10 +102,26 @@ def test_mask_drafting_needs_a_mask_token(tmp_path):
     folder = save(random_model(tiny_config(mask_token_id=None)), tmp_path)
     model = ZayaForCausalLM.from_pretrained(folder, progress=False)
     with pytest.raises(ConfigError, match="mask_token_id.*tidar_mask_token_id"):
-        model.generate([[5, 6]], SamplingParams(max_tokens=4))
+        model.generate([[5, 6]], SamplingParams(max_tokens=4, drafter="mask"))
+    with pytest.raises(ConfigError, match="mask_token_id"):
+        model.generate([[5, 6]], SamplingParams(max_tokens=4, sampler="mixed", mix=0.5))
     assert len(model.generate([[5, 6]], SamplingParams(max_tokens=4, sampler="ar"))[0].token_ids) == 4
     with_id = ZayaForCausalLM.from_pretrained(folder, mask_token_id=4, progress=False)
-    assert with_id.generate([[5, 6]], SamplingParams(max_tokens=4))[0].stats.drafted > 0
+    assert with_id.generate([[5, 6]], SamplingParams(max_tokens=4, drafter="mask"))[0].stats.drafted > 0
+
+
+@pytest.mark.parametrize("groups", [None, 0, 3], ids=str)
+def test_without_a_mask_token_auto_drafts_by_ngrams(tmp_path, groups):
+    folder = save(random_model(tiny_config(mask_token_id=None)), tmp_path)
+    model = ZayaForCausalLM.from_pretrained(folder, progress=False)
+    params = SamplingParams(
+        max_tokens=40, ignore_eos=True, groups=groups
+    )  # greedy random models soon repeat themselves
+    outputs = model.generate([[5, 6, 7] * 4, [8, 9]], params)
+    plain = model.generate([[5, 6, 7] * 4, [8, 9]], replace(params, sampler="ar"))
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
+    assert sum(o.stats.accepted for o in outputs) > 0
+    assert {source for o in outputs for source in o.stats.verified_by} == {"ngram"}
 
 
 @pytest.mark.parametrize(
@@ -207,6 +225,8 @@ def test_streams_add_up(model):
         texts[event.request] += event.text
         tokens[event.request] += event.token_ids
         assert event.accepted <= len(event.drafted)
+        assert (event.drafter in ("mask", "ngram")) == (event.kind == "verify") == bool(event.drafted)
+        assert event.drafter == "mask" or event.draft_logprobs == ()
         assert event.kind != "verify" or list(event.drafted[: event.accepted]) == list(
             event.token_ids[: event.accepted]
         )
@@ -217,7 +237,8 @@ def test_streams_add_up(model):
 def test_statistics(model):
     stats = model.generate(["def main("], SamplingParams(max_tokens=60, ignore_eos=True))[0].stats
     assert stats.committed == stats.tokens - 1 == 59  # the first token is decided by the prefill
-    assert sum(stats.acceptance_histogram) == stats.verify_forwards
+    assert sum(stats.acceptance_histogram) == sum(stats.verified_by.values()) == stats.verify_forwards
+    assert sum(stats.accepted_by.values()) == stats.accepted
     assert sum(i * n for i, n in enumerate(stats.acceptance_histogram)) == stats.accepted
     assert stats.tokens_per_forward == 59 / (stats.draft_forwards + stats.verify_forwards + stats.ar_forwards)
     plain = model.generate(["def main("], SamplingParams(max_tokens=60, ignore_eos=True, sampler="ar"))[0].stats

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM
+from blockdraft.outputs import GenerationStats
+from blockdraft.plan import CostTable, Offer, Planner, Price
 from checkpoints import random_model, save, tiny_config
 
 PROMPT = torch.randint(5, 95, (12,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -68,10 +70,9 @@ def counts_of(model, verification: str, drafter, **changes) -> list[Counter]:
         n=SAMPLES,
         seed=7,
         ignore_eos=True,
-        groups=0,
         verification=verification,
         drafter=drafter,
-        **LAW | changes,
+        **{"groups": 0} | LAW | changes,
     )
     outputs = model.generate([PROMPT], params)
     assert sum(o.stats.drafted for o in outputs) > SAMPLES
@@ -88,6 +89,38 @@ def bigram(tokens: list[int], count: int) -> list[int]:
 def test_law(model, exact, verification, drafter):
     for counts, law in zip(counts_of(model, verification, drafter), exact, strict=True):
         assert p_value(counts, law) > ALPHA
+
+
+class Turns:
+    """Stands in for the n-gram drafter: after tokens with even ids it drafts what `bigram` does."""
+
+    matched, guess = 0, None
+
+    def __init__(self):
+        self.tokens: list[int] = []
+
+    def extend(self, tokens):
+        self.tokens += tokens
+        self.matched = 5 * (self.tokens[-1] % 2 == 0)
+
+    def draft(self, count):
+        return bigram(self.tokens, count)
+
+
+@pytest.mark.parametrize("verification", ["rejection", "gumbel"])
+def test_law_with_two_sources(model, exact, verification, monkeypatch):
+    """Drafts of n-grams, which are point masses, in the place of drafts of mask rows that wait, which are not."""
+    monkeypatch.setattr("blockdraft.sample.NgramDrafter", Turns)
+    monkeypatch.setattr(Price, "best_block", lambda *_: Offer(1e3, 4))
+    monkeypatch.setattr(model, "planner", Planner(CostTable((1, 512), (1.0, 1.1)), 16))
+    drafted_by = Counter()
+    verified = GenerationStats.count_verified
+    monkeypatch.setattr(
+        GenerationStats, "count_verified", lambda s, who, *rest: (drafted_by.update([who]), verified(s, who, *rest))
+    )
+    for counts, law in zip(counts_of(model, verification, "auto", groups=None), exact, strict=True):
+        assert p_value(counts, law) > ALPHA
+    assert min(drafted_by["mask"], drafted_by["ngram"]) > SAMPLES // 4
 
 
 def test_lenience_is_found_out(model, exact):
