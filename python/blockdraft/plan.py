@@ -340,10 +340,14 @@ class Planner:
         self.spent += self.costs.time(rows, sequences)
 
     def account_drafts(self, rows: int, sequences: int, tokens: int) -> None:
-        """Books what a decode forward took with drafts, and what plain decoding would have taken for its tokens."""
-        took = self.costs.time(rows, sequences)
-        plain = tokens * self.costs.time(sequences, sequences) / sequences
-        self.lost = max(self.lost + took - plain, -took)
+        """Books what a decode forward took with drafts, and what plain decoding would have taken for its tokens.
+
+        Those of a plain forward cost what it takes; a further one, what a sequence adds to it: one that ends sooner by
+        it leaves the others to pay for what they shared.
+        """
+        took, plain = self.costs.time(rows, sequences), self.costs.time(sequences, sequences)
+        fewer = self.costs.time(sequences - 1, sequences - 1) if sequences > 1 else 0.0
+        self.lost = max(self.lost + took - plain - (tokens - sequences) * (plain - fewer), -took)
 
     def account_prompt(self, rows: int) -> None:
         """Books mask rows behind a prompt that were a trial."""
