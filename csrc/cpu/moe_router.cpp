@@ -11,7 +11,7 @@ template <class W>
 void down_panel(const MoeRouterParams& p, int64_t panel) {
   const W* weight = static_cast<const W*>(p.down_proj) + panel * p.pairs * kPair;
   const int64_t first = panel * kPanel, n = minimum(kPanel, p.R - first);
-  multiply_panel(static_cast<const RowOf<W>*>(p.x), 2 * p.pairs, p.T, weight, p.pairs,
+  multiply_panel(static_cast<const RowOf<W>*>(p.rows), 2 * p.pairs, p.T, weight, p.pairs,
                  [&](int64_t t, const Vec(&total)[2]) {
                    float* z = p.router_states_out + t * p.R + first;
                    for (int64_t c = 0; c < n; ++c) {

@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
   Tensor router_states_out = scratch(x, {T, R});
   if (T == 0) return {topk_ids, topk_weights, router_states_out};
   const int64_t hidden_stride = kPanelOutputs * std::max<int64_t>(r_panels, e_panels);
-  MoeRouterParams p{.x = nullptr,
+  MoeRouterParams p{.x = x.const_data_ptr(),
+                    .rows = nullptr,
                     .router_states = router_states ? read<float>(*router_states) : nullptr,
                     .router_states_scale = router_states ? read<float>(*router_states_scale) : nullptr,
                     .down_proj = down_proj.const_data_ptr(),
@@ -59,6 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
                     .topk_ids = write<int32_t>(topk_ids),
                     .router_states_out = write<float>(router_states_out),
                     .T = T,
+                    .H = H,
                     .R = R,
                     .E = classes - 1,
                     .pairs = h_pairs,
@@ -68,11 +70,13 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
   if constexpr (kBackend == Backend::kCpu) {
     const ProductRows rows(x);
     const Tensor hidden = scratch(x, {2, T, hidden_stride});
-    p.x = rows.rows();
+    p.rows = rows.rows();
     p.hidden = write<float>(hidden);
     run_tasks(cpu::moe_router_down, p, r_panels, 16384 / (h_pairs * T));
     run_tasks(cpu::moe_router, p, T, std::max<int64_t>(1, 32768 / (R * R)));
   } else {
+    std::optional<Tensor> hidden;
+    if (const int64_t size = gpu::moe_router_hidden(p)) p.hidden = write<float>(hidden.emplace(scratch(x, {size})));
     launch_gpu("moe_router", x, [&](void* stream) { return gpu::moe_router(p, stream); });
   }
   return {topk_ids, topk_weights, router_states_out};

@@ -14,7 +14,8 @@
 namespace blockdraft {
 
 struct MoeRouterParams {
-  const void* x;                     // [T, 2 * pairs], as products read it (packed_linear.h)
+  const void* x;                     // [T, H] of dtype
+  const void* rows;                  // CPU: x [T, 2 * pairs] as products read it (packed_linear.h)
   const float* router_states;        // [T, R], may be nullptr (layer 0)
   const float* router_states_scale;  // [R], nullptr where router_states is
   const void* down_proj;             // packed [ceil(R / 32), pairs, 64] of dtype
@@ -26,11 +27,11 @@ struct MoeRouterParams {
   const float* fc2_bias;             // [R]
   const void* out_proj;              // packed [ceil((E + 1) / 32), ceil(R / 2), 64] of dtype
   const float* balancing_biases;     // [E + 1]
-  float* hidden;                     // scratch [T, 2, R rounded up to 2 + 32 lanes]
+  float* hidden;                     // scratch. CPU: [2, T, hidden_stride]; GPU: [moe_router_hidden], nullptr for none
   float* topk_weights;               // [T]
   int32_t* topk_ids;                 // [T], E is skip
   float* router_states_out;          // [T, R]
-  int64_t T, R, E, pairs, hidden_stride;
+  int64_t T, H, R, E, pairs, hidden_stride;
   float eps;
   DType dtype;
 };
@@ -43,6 +44,8 @@ void moe_router(const MoeRouterParams& p, int64_t begin, int64_t end);
 }  // namespace cpu
 
 namespace gpu {
+// Floats of scratch, 0 where shared memory holds the activations of a block.
+int64_t moe_router_hidden(const MoeRouterParams& p);
 const char* moe_router(const MoeRouterParams& p, void* stream);
 }  // namespace gpu
 

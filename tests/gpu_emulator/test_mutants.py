@@ -58,6 +58,10 @@ MUTANTS = [
     Mutant("choose_tokens", "device/reduce.cuh", 2, tests="reference"),
     Mutant("reject_drafts", "device/token_law.cuh", 1, warp=64, tests="reference"),
     Mutant("reject_drafts", "device/token_law.cuh", 2, tests="reference"),
+    Mutant("moe_router", "moe_router.cu", 1),
+    Mutant("moe_router", "moe_router.cu", 2, warp=64),
+    Mutant("moe_router", "moe_router.cu", 3),
+    Mutant("moe_router", "moe_router.cu", 4, warp=64),
 ]
 
 

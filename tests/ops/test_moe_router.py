@@ -124,6 +124,8 @@ def assert_matches_float64(router: Router) -> None:
     (5, 31, 64, 17),
     (33, 256, 65, 33),
     (50, 128, 256, 16),
+    (9, 64, 544, 5),
+    (9, 40, 32, 300),
 )
 def test_matches_float64(backend, T, H, R, E, states, dtype):
     router = Router(backend, T, H, R, E, dtype)
@@ -134,10 +136,12 @@ def test_matches_float64(backend, T, H, R, E, states, dtype):
 
 @dtypes
 @pytest.mark.parametrize("states", [True, False], ids=["states", "layer0"])
-def test_state_of_integers_is_exact(backend, states, dtype):
-    router = Router(backend, 20, 301, 40, 5, dtype)
-    router.x, router.matrices["down_proj"] = (torch.randint(-4, 5, s).to(dtype) for s in ((20, 301), (40, 301)))
-    router.vectors["down_proj_bias"] = torch.randint(-4, 5, (40,)).float()
+@each_size("T H R", (20, 301, 40), (3, 2080, 64), (70, 96, 64))
+def test_state_of_integers_is_exact(backend, T, H, R, states, dtype):
+    """2080 are more steps of k than the warps of a GPU kernel have on their way, 70 rows three of its blocks."""
+    router = Router(backend, T, H, R, 5, dtype)
+    router.x, router.matrices["down_proj"] = (torch.randint(-4, 5, s).to(dtype) for s in ((T, H), (R, H)))
+    router.vectors["down_proj_bias"] = torch.randint(-4, 5, (R,)).float()
     router.states = {n: torch.randint(-4, 5, x.shape).float() for n, x in router.states.items()}
     if not states:
         router.states = dict.fromkeys(router.states)
@@ -202,9 +206,9 @@ def test_bad_row_gets_an_id_in_range_and_stays_alone(backend, where, value, dtyp
 
 
 @dtypes
-@pytest.mark.parametrize("states", [True, False], ids=["states", "layer0"])
-def test_batch_invariance(backend, states, dtype):
-    router = Router(backend, 64, 300, 96, 16, dtype)
+@each_size("H R states", (300, 96, False), (320, 128, True))
+def test_batch_invariance(backend, H, R, states, dtype):
+    router = Router(backend, 64, H, R, 16, dtype)
     if not states:
         router.states = dict.fromkeys(router.states)
     call = router.call()
@@ -216,6 +220,17 @@ def test_batch_invariance(backend, states, dtype):
         return backend.op("moe_router")(**(call | chosen))
 
     assert_batch_invariant(run)
+
+
+@dtypes
+def test_many_rows_have_the_bits_of_few(backend, dtype):
+    """More than 64 rows are a kernel of its own on a GPU."""
+    router = Router(backend, 100, 192, 64, 16, dtype)
+    call, together = router.call(), router.route()
+    for begin, end in ((0, 3), (3, 19), (30, 94), (90, 100)):
+        rows = {name: call[name][begin:end] for name in ("x", "router_states")}
+        few = backend.op("moe_router")(**(call | rows))
+        assert all(same_bits(ours[begin:end], expected) for ours, expected in zip(together, few, strict=True))
 
 
 # Errors.

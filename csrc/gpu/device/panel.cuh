@@ -106,6 +106,16 @@ struct PanelSums<BFloat16, kPanels, kRows> {
       add_any(weights, rows, K, aligned, steps, first, stride);
   }
 
+  // Where the tiles are parts of the same rows, the first one the largest: their sums, in the first tile.
+  __device__ void join_tiles() {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int j = kTiles - 1; j > 0; --j)
+#pragma unroll
+        for (int i = 0; i < 4 * kInstructions; ++i) sums[n][j - 1][i / 4][i % 4] += sums[n][j][i / 4][i % 4];
+  }
+
   template <class F>
   __device__ void each(F f, int begin = 0, int end = kRows) const {
 #pragma unroll
@@ -159,9 +169,11 @@ struct PanelSums<BFloat16, kPanels, kRows> {
 
   __device__ void add_any(const Panels<BFloat16>& weights, const BFloat16* const (&rows)[kTiles], int64_t K,
                           bool aligned, int steps, int first, int stride) {
+    Weights next = load(weights, first);
 #pragma unroll 1
     for (int step = first; step < steps; step += stride) {
-      const Weights now = load(weights, step);
+      const Weights now = next;
+      next = load(weights, step + stride);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) multiply(now, load_eight(rows[j], first_k(step), K, aligned), j);
     }
