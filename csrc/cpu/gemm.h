@@ -169,7 +169,12 @@ static inline void multiply_panel(const X* x, int64_t stride, int64_t rows, cons
 // The first n of 32 outputs to out, in the storage type.
 template <class T>
 BLOCKDRAFT_INLINE void store_panel(T* out, const Vec (&total)[2], int64_t n) {
-  for (int64_t c = 0; c < minimum(n, kPanel); ++c) narrow(total[c / kLanes][c % kLanes], out + c);
+  if (n >= kPanel) {
+    store(out, total[0]);
+    store(out + kLanes, total[1]);
+    return;
+  }
+  for (int64_t c = 0; c < n; ++c) narrow(total[c / kLanes][c % kLanes], out + c);
 }
 
 // x, rounded to W, into a row that meets weights of type W.

@@ -5,8 +5,6 @@
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
 
-float gelu(float x) { return 0.5f * x * (1 + __builtin_erff(x * 0.70710678f)); }
-
 template <class W>
 void down_panel(const MoeRouterParams& p, int64_t panel) {
   const W* weight = static_cast<const W*>(p.down_proj) + panel * p.pairs * kPair;
@@ -40,26 +38,29 @@ void hidden_layer(const MoeRouterParams& p, const void* packed, const float* bia
   for (int64_t panel = 0; panel < panels; ++panel) {
     const W* weight = static_cast<const W*>(packed) + panel * pairs * kPair;
     const int64_t first = panel * kPanel;
+    float own_bias[kPanel] = {};
+    for (int64_t c = 0; bias && c < minimum(kPanel, size - first); ++c) own_bias[c] = bias[first + c];
     multiply_panel(x, p.hidden_stride, rows, weight, pairs, [&](int64_t t, const Vec(&total)[2]) {
       float* h = out + t * p.hidden_stride + first;
-      for (int64_t c = 0; c < kPanel; ++c) {
-        const float sum = total[c / kLanes][c % kLanes];
-        h[c] = first + c >= size ? 0 : bias ? gelu(sum + bias[first + c]) : sum;
-      }
+      for (int64_t j = 0; j < 2; ++j)
+        store(h + j * kLanes, bias ? gelu(total[j] + load(own_bias + j * kLanes)) : total[j]);
+      for (int64_t c = size - first; c < kPanel; ++c) h[c] = 0;
     });
   }
 }
 
 // The class with the largest biased probability; a NaN never wins, so the id is in range whatever comes.
-void choose(const MoeRouterParams& p, const float* router_logits, int64_t t) {
+// router_logits become exp(logit - highest); there is room for whole vectors.
+void choose(const MoeRouterParams& p, float* router_logits, int64_t t) {
   const int64_t classes = p.E + 1;
   float highest = router_logits[0], sum = 0;
   for (int64_t e = 1; e < classes; ++e) highest = maximum(highest, router_logits[e]);
-  for (int64_t e = 0; e < classes; ++e) sum += exp(router_logits[e] - highest);
+  for (int64_t e = 0; e < classes; e += kLanes) store(router_logits + e, exp(load(router_logits + e) - highest));
+  for (int64_t e = 0; e < classes; ++e) sum += router_logits[e];
   int32_t best = 0;
   float best_score = -__builtin_inff(), best_weight = 0;
   for (int64_t e = 0; e < classes; ++e) {
-    const float weight = exp(router_logits[e] - highest) / sum;
+    const float weight = router_logits[e] / sum;
     if (e == 0) best_weight = weight;
     if (weight + p.balancing_biases[e] > best_score) {
       best_score = weight + p.balancing_biases[e];

@@ -18,6 +18,7 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t WordVec __attribute__((vector_size(64)));
 typedef uint64_t LongVec __attribute__((vector_size(64)));
+typedef uint16_t HalfVec __attribute__((vector_size(32)));
 
 template <class To, class From>
 BLOCKDRAFT_INLINE To bits_as(From x) {
@@ -61,6 +62,24 @@ BLOCKDRAFT_INLINE float as_stored(float x) {
   T stored;
   narrow(x, &stored);
   return widen(stored);
+}
+
+// The same for sixteen values.
+BLOCKDRAFT_INLINE Vec load(const BFloat16* p) {
+  HalfVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return bits_as<Vec>(__builtin_convertvector(v, WordVec) << 16);
+}
+BLOCKDRAFT_INLINE void store(BFloat16* p, Vec x) {
+  const WordVec bits = bits_as<WordVec>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const HalfVec v = __builtin_convertvector(x != x ? WordVec{} + 0x7fc0 : rounded, HalfVec);
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+BLOCKDRAFT_INLINE Vec as_stored(Vec x) {
+  T stored[kLanes];
+  store(stored, x);
+  return load(stored);
 }
 
 // One value from all lanes, halving: the order is the same on every instruction set. What comes from past the half does
@@ -121,6 +140,29 @@ BLOCKDRAFT_INLINE Vec log(Vec x) {
 }
 BLOCKDRAFT_INLINE float log(float x) { return log(splat(x))[0]; }
 
+// erf as x P(x^2) below 0.9, and above as 1 - exp(-Q(|x|)), where Q is a fit of -log(erfc): relative error below 2e-7.
+BLOCKDRAFT_INLINE Vec erf(Vec x) {
+  const Vec size = x < 0.0f ? -x : x, t = size > 4.0f ? splat(4.0f) : size, s = x * x;
+  Vec p = splat(-0.000610698957f);
+  p = p * s + 0.00501535735f;
+  p = p * s - 0.0267813398f;
+  p = p * s + 0.112822121f;
+  p = p * s - 0.376125306f;
+  p = p * s + 1.12837916f;
+  Vec q = splat(-1.61024041e-06f);
+  q = q * t + 4.55127729e-05f;
+  q = q * t - 0.000592092757f;
+  q = q * t + 0.00473695062f;
+  q = q * t - 0.0263551208f;
+  q = q * t + 0.109960799f;
+  q = q * t + 0.631956241f;
+  q = q * t + 1.1301551f;
+  q = q * t - 0.000300268821f;
+  const Vec far = 1.0f - exp(-q);
+  return size < 0.9f ? p * x : x < 0.0f ? -far : far;
+}
+
+BLOCKDRAFT_INLINE Vec gelu(Vec x) { return 0.5f * x * (1.0f + erf(x * 0.70710678f)); }
 BLOCKDRAFT_INLINE Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
 }  // namespace blockdraft::cpu
