@@ -2,7 +2,7 @@
 
 Rows whose law needs no logits tensor (greedy, temperature, truncations; mixing happens in the hidden states, since the
 head is linear) go through one `ops.lm_head_choose`. Rows with processors, log-probabilities or the rejection rule get
-their logits, in a head call of their sample's own.
+their logits, all in one head call.
 """
 
 from collections.abc import Sequence
@@ -82,13 +82,17 @@ class Decided:
 def decide(heads: "Heads", hidden_states: Tensor, asks: list[Ask]) -> list[Decided]:
     """Decides every row of every ask; hidden_states ``[T, H]`` are those of the whole forward."""
     results = [Decided() for _ in asks]
-    states = [_mixed(heads, ask, hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]) for ask in asks]
+    states = [_mixed(heads, ask, _rows_of(ask, hidden_states)) for ask in asks]
     direct = [i for i, ask in enumerate(asks) if not _goes_by_logits(heads, ask)]
     for i, result in zip(direct, _choose(heads, [asks[i] for i in direct], [states[i] for i in direct]), strict=True):
         results[i] = result
-    for i, ask in enumerate(asks):
-        if i not in direct:
-            results[i] = _by_logits(heads, ask, states[i], hidden_states)
+    others = [i for i in range(len(asks)) if i not in direct]
+    logits = _shared_logits(heads, [asks[i] for i in others], [states[i] for i in others], hidden_states)
+    for i, own in zip(others, logits, strict=True):
+        if asks[i].drafting:
+            results[i] = _draft_by_logits(heads, asks[i], own)
+        else:
+            results[i] = _decide_by_logits(heads, asks[i], own, hidden_states)
     return results
 
 
@@ -177,7 +181,7 @@ def measure_mixing(heads: "Heads", hidden_states: Tensor, ask: Ask, emitted: int
     """(KL(mixed || AR), total variation) of each of the first `emitted` rows that was mixed."""
     if not ask.mixes:
         return []
-    states = hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
+    states = _rows_of(ask, hidden_states)
     rows = (mix_weights(heads, ask, states)[:emitted] > 0).nonzero()[:, 0]
     if len(rows) == 0:
         return []
@@ -202,12 +206,24 @@ def _mixed_logits(heads: "Heads", ask: Ask, states: Tensor) -> Tensor:
 # Rows that need their logits
 
 
-def _by_logits(heads: "Heads", ask: Ask, states: Tensor, hidden_states: Tensor) -> Decided:
-    if ask.drafting:
-        return _draft_by_logits(heads, ask, states)
-    own = hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
-    plain = heads.target_logits(own)
-    logits = plain.clone() if not ask.mixes else _mixed_logits(heads, ask, own)
+def _shared_logits(heads: "Heads", asks: list[Ask], states: list[Tensor], hidden_states: Tensor) -> list[Tensor]:
+    """Unmixed logits of each ask, of the draft head for drafts: a head reads its weights once, whatever the asks."""
+    found: dict[int, Tensor] = {}
+    for drafting, head in ((False, heads.target_logits), (True, heads.base_draft_logits)):
+        own = [i for i, ask in enumerate(asks) if ask.drafting == drafting]
+        if not own:
+            continue
+        rows = [states[i] if drafting else _rows_of(asks[i], hidden_states) for i in own]
+        found |= zip(own, head(torch.cat(rows)).split([len(r) for r in rows]), strict=True)
+    return [found[i] for i in range(len(asks))]
+
+
+def _rows_of(ask: Ask, hidden_states: Tensor) -> Tensor:
+    return hidden_states[torch.tensor(ask.rows, device=hidden_states.device)]
+
+
+def _decide_by_logits(heads: "Heads", ask: Ask, plain: Tensor, hidden_states: Tensor) -> Decided:
+    logits = _mixed_logits(heads, ask, _rows_of(ask, hidden_states)) if ask.mixes else plain.clone()
     rows = ask.sample.process(logits, ask.drafts)
     tokens, drawn = _draw(heads, ask, logits[:rows])
     return _report(ask, plain[:rows], tokens, drawn)
@@ -255,13 +271,12 @@ def uniforms(seeds: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
     return (philox(seeds, samples, positions, 2) >> 8).float() * 2.0**-24
 
 
-def _draft_by_logits(heads: "Heads", ask: Ask, states: Tensor) -> Decided:
+def _draft_by_logits(heads: "Heads", ask: Ask, base: Tensor) -> Decided:
     """Drafts one row after the other, since a Markov head wants the token before; processors see the known text."""
     tokens: list[int] = []
     logprobs: list[float] = []
-    columns = columns_of([ask], states.device)
-    base = heads.base_draft_logits(states)
-    for i in range(len(states)):
+    columns = columns_of([ask], base.device)
+    for i in range(len(base)):
         previous = tokens[-1] if tokens else ask.sample.last
         logits = heads.add_markov(base[i : i + 1].clone(), [previous], [ask.position + i])
         plain = logits.log_softmax(-1)

@@ -144,3 +144,17 @@ def test_log_probabilities(model, prompts, temperature):
             kept = logits.masked_fill(logits < logits.topk(30).values[:, -1:], -torch.inf) / temperature
             drawn = kept.log_softmax(-1).gather(1, chosen)[:, 0]
             assert torch.allclose(torch.tensor(output.drawn_logprobs), drawn, atol=5e-5, rtol=0)
+
+
+def test_a_forward_reads_the_head_once_for_all_logits(model, prompts, monkeypatch):
+    """Four samples with processors cost one head call a forward for what they decide, not one each."""
+    calls: list[int] = []
+    target_logits = model.heads.target_logits
+    monkeypatch.setattr(
+        model.heads, "target_logits", lambda states: (calls.append(len(states)), target_logits(states))[1]
+    )
+    params = SamplingParams(max_tokens=12, presence_penalty=1.0, sampler="ar", ignore_eos=True)
+    outputs = model.generate(prompts, params)
+    forwards = max(o.stats.ar_forwards + o.stats.prefill_forwards for o in outputs)
+    assert len(calls) == forwards == 12
+    assert calls[1:] == [4] * 11
