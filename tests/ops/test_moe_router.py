@@ -183,6 +183,25 @@ def test_biases_choose_and_do_not_weigh(backend, winner, dtype):
     assert_within(weights, probs[:, winner], error[:, winner])
 
 
+@dtypes
+def test_nan_never_wins(backend, dtype):
+    router = Router(backend, 9, 40, 32, 40, dtype)
+    router.vectors["balancing_biases"][[0, 7, 35]] = torch.tensor([torch.nan, 2, torch.nan])
+    assert (router.route()[0] == 7).all()
+
+
+def test_activations_are_not_rounded(backend):
+    """To bfloat16, that is, nor to two of it: with weights in bfloat16 the errors are those of float32."""
+    router = Router(backend, 50, 128, 256, 16, torch.bfloat16)
+    errors = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        router.x, router.matrices = router.x.to(dtype), {n: w.to(dtype) for n, w in router.matrices.items()}
+        ids, weights, z = router.route()
+        probs, _ = router.probabilities(z.double())
+        errors[dtype] = (weights - probs.gather(1, ids.long()[:, None])[:, 0]).abs().mean()
+    assert errors[torch.bfloat16] <= 3 * errors[torch.float32]
+
+
 def test_zero_states_are_no_states(backend):
     router = Router(backend, 9, 40, 32, 16, torch.float32)
     router.states["router_states"].zero_()
