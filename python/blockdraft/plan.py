@@ -300,6 +300,7 @@ class Planner:
         self.seen: defaultdict[Kind, Acceptance] = defaultdict(Acceptance)
         self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
         self.spent = 0.0  # predicted ms of all decoding
+        self.step_ms = costs.time(1, 1)
 
     def rates(self, kind: Kind, own: Acceptance) -> list[float]:
         prior = self.seen[kind].rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
@@ -356,8 +357,7 @@ class Planner:
     @property
     def may_try(self) -> bool:
         """Whether drafts may be tried against the prediction: losses stay a small share of all time."""
-        step = self.costs.time(1, 1)
-        return self.lost <= max(LOSS_SHARE * self.spent, FIRST_LOSSES * step)
+        return self.lost <= max(LOSS_SHARE * self.spent, FIRST_LOSSES * self.step_ms)
 
     def options(
         self, rates: Sequence[float], masks: int, block_length: int, free: bool, counted: float = 1.0

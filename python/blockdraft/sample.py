@@ -13,7 +13,7 @@ from blockdraft.decide import Decided
 from blockdraft.denoise import Canvas
 from blockdraft.ngram import NgramDrafter
 from blockdraft.outputs import GenerationStats
-from blockdraft.plan import Acceptance, Option, Plan, Price
+from blockdraft.plan import Acceptance, Offer, Option, Plan, Price
 from blockdraft.processors import Processors, TokenCounts
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import VERIFY, Block, Group
@@ -50,6 +50,8 @@ class Sample:
         self.acceptance: defaultdict[str, Acceptance] = defaultdict(Acceptance)  # by source
         self.option: Option | None = None
         self.price: Price | None = None
+        self.offers: dict[tuple[int, int], Offer] = {}  # of n-gram drafts, by how many tokens matched and their number
+        self.hopeless = 0  # so many matched tokens are not worth a block
         self.counts = TokenCounts(prompt) if self.processors.active else None
         self.ngram = NgramDrafter() if params.drafts and params.drafter in ("ngram", "auto") else None
         # Of the tokens of the last forward: how many before it repeated earlier text, and whether it did as well.
