@@ -38,7 +38,7 @@ MATRIX_KERNELS = {
     "packed_linear": r"^packed_linear_kernel<BFloat16",
     "lm_head_choose": r"^lm_head_choose_kernel<BFloat16",
     "moe_experts": r"^moe_experts\w*_kernel<BFloat16",
-    "block_attention": r"^block_attention\w*_kernel<BFloat16",
+    "block_attention": r"^block_attention_kernel<BFloat16",
 }
 MATRIX_INSTRUCTIONS = {
     "matrix instruction (v_mfma)": r"\bv_mfma_",

@@ -92,6 +92,9 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   check(Hq / Hkv <= 16, "block_attention: at most 16 query heads per key-value head, got ", Hq / Hkv);
   check(sliding_window >= 0, "block_attention: sliding_window must be at least 0, got ", sliding_window);
 
+  check(T == 0 || B > 0, "block_attention: page_table must have a row for each sequence, got 0 for T=", T.size,
+        " rows");
+
   Tensor out = torch::stable::empty_like(q);
   if (T == 0) return out;
   BlockAttentionParams p{.q = q.const_data_ptr(),
@@ -100,8 +103,11 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                          .k_pages = k_pages.const_data_ptr(),
                          .v_pages = v_pages.const_data_ptr(),
                          .page_table = read<int32_t>(page_table),
+                         .cu_rows = read<int32_t>(cu_rows),
                          .row_positions = read<int32_t>(row_positions),
                          .row_prefix = read<int32_t>(row_prefix),
+                         .row_group_begin = read<int32_t>(row_group_begin),
+                         .row_group_end = read<int32_t>(row_group_end),
                          .tasks = nullptr,
                          .row_chunks = nullptr,
                          .partial = nullptr,
@@ -110,16 +116,16 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                          .Hq = Hq,
                          .Hkv = Hkv,
                          .D = D,
+                         .B = B,
                          .M = M,
+                         .N = N,
                          .page_size = tiles * kAttentionTile,
                          .sliding_window = sliding_window,
                          .softmax_scale = static_cast<float>(softmax_scale),
                          .dtype = to_dtype(q.scalar_type())};
   if constexpr (kBackend == Backend::kCpu) {
-    const auto *cu = read<int32_t>(cu_rows), *begins = read<int32_t>(row_group_begin),
-               *ends = read<int32_t>(row_group_end);
-    check_rows(cu, p.row_prefix, begins, ends, p.page_table, B, T, M, N, p.page_size);
-    const Plan plan = make_plan(cu, p.row_prefix, begins, ends, B, T, Hkv);
+    check_rows(p.cu_rows, p.row_prefix, p.row_group_begin, p.row_group_end, p.page_table, B, T, M, N, p.page_size);
+    const Plan plan = make_plan(p.cu_rows, p.row_prefix, p.row_group_begin, p.row_group_end, B, T, Hkv);
     const Tensor partial = scratch(q, {plan.row_chunks.back(), Hq, D + 2});
     p.tasks = plan.tasks.data();
     p.row_chunks = plan.row_chunks.data();
@@ -127,6 +133,8 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
     run_tasks(cpu::block_attention, p, static_cast<int64_t>(plan.tasks.size()));
     run_tasks(cpu::block_attention_merge, p, T, 8192 / (Hq * D));
   } else {
+    const Tensor partial = scratch(q, {gpu::block_attention_partial_size(p)});
+    p.partial = write<float>(partial);
     launch_gpu("block_attention", q, [&](void* stream) { return gpu::block_attention(p, stream); });
   }
   return out;

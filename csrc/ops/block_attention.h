@@ -6,8 +6,12 @@
 // A causal row sees its own key in the pages (row_prefix = position + 1, no group). Rows of a group see each other in
 // both directions. With a sliding window W, a key is visible where its position > the row's position - W.
 //
-// Bits: keys are taken in blocks of 32 at absolute positions, blocks in chunks of 512 with sums of their own, merged in
-// order. All of it follows from the row's own prefix, so a row has the same bits alone and beside others.
+// Bits: keys are taken in blocks at absolute positions (CPU: 32, GPU: 128), blocks in chunks with sums of their own
+// (512, 256), merged in order. All of it follows from the row's own prefix, so a row has the same bits alone and beside
+// others.
+//
+// Index values out of range raise on the CPU. A GPU kernel cuts prefixes and groups to what exists, takes a page that
+// does not exist for one of zeros, and gives zeros to a row that sees no key.
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -28,14 +32,17 @@ struct BlockAttentionParams {
   const void* v;        // [T, Hkv, D] of dtype
   const void* k_pages;  // [N, Hkv, page_size / 32, ...] of dtype (cca_mix.h)
   const void* v_pages;
-  const int32_t* page_table;     // [B, M]
-  const int32_t* row_positions;  // [T]
-  const int32_t* row_prefix;     // [T]
-  const AttentionTask* tasks;    // [tasks]
-  const int32_t* row_chunks;     // [T + 1], offsets into the partial sums: chunks of the rows before
-  float* partial;                // scratch [sum of chunks, Hq, D + 2]: sums, then maximum and denominator
-  void* out;                     // [T, Hq, D] of dtype
-  int64_t T, Hq, Hkv, D, M, page_size, sliding_window;  // sliding_window 0: none
+  const int32_t* page_table;       // [B, M]
+  const int32_t* cu_rows;          // [B + 1]
+  const int32_t* row_positions;    // [T]
+  const int32_t* row_prefix;       // [T]
+  const int32_t* row_group_begin;  // [T]
+  const int32_t* row_group_end;    // [T]
+  const AttentionTask* tasks;      // CPU: [tasks]
+  const int32_t* row_chunks;       // CPU: [T + 1], offsets into the partial sums: chunks of the rows before
+  float* partial;                  // scratch; CPU: [sum of chunks, Hq, D + 2]: sums, then maximum and denominator
+  void* out;                       // [T, Hq, D] of dtype
+  int64_t T, Hq, Hkv, D, B, M, N, page_size, sliding_window;  // sliding_window 0: none
   float softmax_scale;
   DType dtype;
 };
@@ -52,6 +59,8 @@ void block_attention_merge(const BlockAttentionParams& p, int64_t begin, int64_t
 }  // namespace cpu
 
 namespace gpu {
+// Floats of the scratch `partial`; follows from shapes and dtype.
+int64_t block_attention_partial_size(const BlockAttentionParams& p);
 const char* block_attention(const BlockAttentionParams& p, void* stream);
 }  // namespace gpu
 

@@ -67,6 +67,10 @@ __device__ bool is_whole(const Panels<T>& weights, int panels, int64_t K, bool a
 //   add<is_whole(..)>     the same where the kernel knows: with a loop around it the choice in here spilled
 //   each(f, begin, end)   f(i, c, four): row i, outputs c .. c + 3, each once in the warp, of the rows [begin, end),
 //                         whole tiles
+// and for kernels that have their own loads or go on with the sums where they are:
+//   visit(f)              f(r, c, x0, x1, x2, x3): the sums themselves, of row(r) of the lane's kLaneRows rows and of
+//                         outputs c .. c + 3
+//   over_outputs(x, f)    f of the x of all lanes that have sums of the same rows; is_first is one of them
 template <class T, int kPanels, int kRows>
 struct PanelSums;
 
@@ -138,7 +142,38 @@ struct PanelSums<BFloat16, kPanels, kRows> {
       }
   }
 
- private:
+  static constexpr int kLaneRows = kWarpSize == 32 ? 2 * kTiles : kTiles;
+  __device__ static int row(int r) {
+    return kWarpSize == 32 ? r / 2 * kTileRows + 2 * quad() + r % 2 : r * kTileRows + row_of_lane();
+  }
+
+  template <class F>
+  __device__ void visit(F f) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        auto& s = sums[n][j];
+#pragma unroll
+        for (int i = 0; i < kWarpSize / 16; ++i) {
+          if constexpr (kWarpSize == 32) {
+            f(2 * j + i, n * kPanel + 4 * group(), s[0][i], s[0][2 + i], s[1][i], s[1][2 + i]);
+          } else {
+            const int place = 4 * quad() + i;
+            f(j, (2 * n + place / 8) * kPanel + 4 * (place % 8), s[0][i], s[1][i], s[2][i], s[3][i]);
+          }
+        }
+      }
+  }
+
+  template <class Combine>
+  __device__ static float over_outputs(float x, Combine combine) {
+    for (int mask = kWarpSize == 32 ? 4 : 16; mask < kWarpSize; mask *= 2) x = combine(x, shuffle_xor(x, mask));
+    return x;
+  }
+  __device__ static bool is_first() { return kWarpSize == 32 ? group() == 0 : quad() == 0; }
+
+  // A lane's part of a load, and of a row of x.
   __device__ static int lane() { return threadIdx.x % kWarpSize; }
   __device__ static int group() { return kWarpSize == 32 ? lane() / 4 : lane() % 8; }
   __device__ static int quad() { return kWarpSize == 32 ? lane() % 4 : lane() / 16; }
@@ -203,24 +238,26 @@ struct PanelSums<BFloat16, kPanels, kRows> {
     return out;
   }
 
+  // Rows of tile j; x: 16 bytes of row j * kTileRows + row_of_lane().
   __device__ void multiply(const Weights& w, const uint4& x, int j) {
 #pragma unroll
-    for (int n = 0; n < kLoads; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 &p = w.pair[n][2 * half], &q = w.pair[n][2 * half + 1];
-        const uint32_t x0 = half ? x.z : x.x, x1 = half ? x.w : x.y;
-        auto& s = sums[n][j];
-        if constexpr (kWarpSize == 32) {
-          mma(s[0], MmaM16N8K16{{p.x, p.y, q.x, q.y}, {x0, x1}});
-          mma(s[1], MmaM16N8K16{{p.z, p.w, q.z, q.w}, {x0, x1}});
-        } else {
-          mma(s[0], MmaM16N16K16{{p.x, q.x}, {x0, x1}});
-          mma(s[1], MmaM16N16K16{{p.y, q.y}, {x0, x1}});
-          mma(s[2], MmaM16N16K16{{p.z, q.z}, {x0, x1}});
-          mma(s[3], MmaM16N16K16{{p.w, q.w}, {x0, x1}});
-        }
-      }
+    for (int n = 0; n < kLoads; ++n) {
+      multiply(w.pair[n][0], w.pair[n][1], x.x, x.y, n, j);
+      multiply(w.pair[n][2], w.pair[n][3], x.z, x.w, n, j);
+    }
+  }
+  // Pairs p and q of load n; of 16 bytes of x the first or the last 8.
+  __device__ void multiply(uint4 p, uint4 q, uint32_t x0, uint32_t x1, int n, int j) {
+    auto& s = sums[n][j];
+    if constexpr (kWarpSize == 32) {
+      mma(s[0], MmaM16N8K16{{p.x, p.y, q.x, q.y}, {x0, x1}});
+      mma(s[1], MmaM16N8K16{{p.z, p.w, q.z, q.w}, {x0, x1}});
+    } else {
+      mma(s[0], MmaM16N16K16{{p.x, q.x}, {x0, x1}});
+      mma(s[1], MmaM16N16K16{{p.y, q.y}, {x0, x1}});
+      mma(s[2], MmaM16N16K16{{p.z, q.z}, {x0, x1}});
+      mma(s[3], MmaM16N16K16{{p.w, q.w}, {x0, x1}});
+    }
   }
 };
 
@@ -264,7 +301,37 @@ struct PanelSums<float, kPanels, kRows> {
           f(4 * j + row_of_lane(), (n * kWarpPanels + panel()) * kPanel + 4 * group(), sums[n][j]);
   }
 
- private:
+  struct Weights {};  // no loads ahead
+
+  static constexpr int kLaneRows = kTiles;
+  __device__ static int row(int r) { return 4 * r + row_of_lane(); }
+
+  // x(row): the value of a row that meets w, the lane's four outputs of load n.
+  template <class X>
+  __device__ void multiply(const float4& w, int n, X x) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) add_scaled(sums[n][j], w, x(4 * j + row_of_lane()));
+  }
+
+  template <class F>
+  __device__ void visit(F f) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        float4& s = sums[n][j];
+        f(j, (n * kWarpPanels + panel()) * kPanel + 4 * group(), s.x, s.y, s.z, s.w);
+      }
+  }
+
+  template <class Combine>
+  __device__ static float over_outputs(float x, Combine combine) {
+    for (int mask = 1; mask < kWarpSize; mask *= 2)
+      if (mask < 8 || mask >= 32) x = combine(x, shuffle_xor(x, mask));
+    return x;
+  }
+  __device__ static bool is_first() { return group() == 0 && panel() == 0; }
+
   __device__ static int lane() { return threadIdx.x % kWarpSize; }
   __device__ static int group() { return lane() % 8; }
   __device__ static int row_of_lane() { return lane() / 8 % 4; }
