@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -299,7 +300,10 @@ def test_interrupted_supervisor_ends_its_check(tmp_path, number):
     path = tmp_path / "pid"
     supervisor(tmp_path, starts_sleeper("own-session", path, "sleep 1000"))
     with (tmp_path / "job.json").open() as job:
-        process = subprocess.Popen([sys.executable, "-P", RUNNER], stdin=job, stdout=subprocess.DEVNULL)
+        # A shell's background jobs, and what they start, ignore SIGINT.
+        heed = partial(signal.signal, number, signal.SIG_DFL)
+        command = [sys.executable, "-P", RUNNER]
+        process = subprocess.Popen(command, stdin=job, stdout=subprocess.DEVNULL, preexec_fn=heed)
     pid = pid_in(path)
     process.send_signal(number)
     assert process.wait(30) == 130
