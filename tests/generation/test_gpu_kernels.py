@@ -1,0 +1,69 @@
+"""A whole model on the GPU kernels: on the CPU emulator everywhere, and on the GPU where there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockdraft import SamplingParams, ZayaForCausalLM
+from conftest import BACKENDS, load_backend, marked
+from generation.conftest import DTYPES
+
+GENERATOR = torch.Generator().manual_seed(11)
+PROMPTS = [torch.randint(5, 95, (n,), generator=GENERATOR).tolist() for n in (19, 1, 7)]
+
+
+@pytest.fixture(params=[marked(name) for name in BACKENDS if name != "cpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a model whose operators are the GPU kernels of a backend."""
+    backend = load_backend(request.param)
+    if backend.emulated:
+        monkeypatch.setattr(torch.ops, "blockdraft", getattr(torch.ops, backend.namespace))
+    assert torch.ops.blockdraft.moe_experts.default.namespace == backend.namespace
+    return backend.device
+
+
+def load(folder: Path, dtype: str, device: str) -> ZayaForCausalLM:
+    return ZayaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], device=device, progress=False)
+
+
+def tokens(model: ZayaForCausalLM, params: list[SamplingParams]) -> list[list[int]]:
+    return [output.token_ids for output in model.generate(PROMPTS, params)]
+
+
+WAYS = {
+    "mask": {},
+    "mask-R1": {"groups": 1},
+    "ngram": {"drafter": "ngram"},
+    "wrong": {"drafter": lambda known, count: [known[-1]] * count},
+    "short-blocks": {"block_length": 5, "groups": 5},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_lossless_equals_plain_decoding(device, tiny_folder, dtype, way):
+    """Greedy, sampled and truncated requests in one batch."""
+    model = load(tiny_folder, dtype, device)
+    laws = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.2, "top_p": 0.8, "seed": 4}]
+    plain = [SamplingParams(sampler="ar", max_tokens=12, **law) for law in laws]
+    blocks = [SamplingParams(sampler="lossless", max_tokens=12, **law, **WAYS[way]) for law in laws]
+    assert tokens(model, blocks) == tokens(model, plain)
+
+
+def test_float32_tokens_are_those_of_the_cpu(device, tiny_folder, monkeypatch):
+    params = [SamplingParams(temperature=0.0, max_tokens=12), *[SamplingParams(seed=i, max_tokens=12) for i in (1, 2)]]
+    ours = tokens(load(tiny_folder, "float32", device), params)
+    monkeypatch.undo()
+    assert ours == tokens(load(tiny_folder, "float32", "cpu"), params)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rejection_runs_and_is_greedy_where_asked(device, tiny_folder, dtype):
+    model = load(tiny_folder, dtype, device)
+    rejecting = SamplingParams(temperature=0.0, verification="rejection", max_tokens=8)
+    sampled = SamplingParams(temperature=1.0, verification="rejection", max_tokens=8, seed=1)
+    ours = tokens(model, [rejecting, sampled, rejecting])
+    plain = tokens(model, [SamplingParams(sampler="ar", temperature=0.0, max_tokens=8)] * 3)
+    assert [ours[0], ours[2]] == [plain[0], plain[2]]
+    assert len(ours[1]) == 8 or ours[1][-1] == 95
