@@ -62,6 +62,13 @@ MUTANTS = [
     Mutant("moe_router", "moe_router.cu", 2, warp=64),
     Mutant("moe_router", "moe_router.cu", 3),
     Mutant("moe_router", "moe_router.cu", 4, warp=64),
+    Mutant("lm_head_choose", "device/panel.cuh", 2),
+    Mutant("lm_head_choose", "device/reduce.cuh", 2, warp=64),
+    Mutant("block_attention", "block_attention.cu", 4),
+    Mutant("block_attention", "block_attention.cu", 8),
+    Mutant("block_attention", "block_attention.cu", 9, warp=64),
+    Mutant("block_attention", "block_attention.cu", 11, warp=64),
+    Mutant("block_attention", "block_attention.cu", 13, tests="batch_invariance"),
 ]
 
 
