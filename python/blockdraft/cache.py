@@ -15,7 +15,7 @@ from torch import Tensor
 from blockdraft import ops
 from blockdraft.errors import RequestError
 from blockdraft.model.config import ZayaConfig
-from blockdraft.steps import Step
+from blockdraft.steps import EMPTY_SLOT, Step
 
 TILE = 32  # keys of a tile in a page: csrc/cpu/panel.h
 
@@ -35,7 +35,8 @@ class Cache:
 
     Attributes:
         k_pages: ``[L, N, Hkv, page_size / 32, 32 * D]``; v_pages alike with D rounded up to 32 (`ops.cca_mix`).
-        conv_states: ``[L, S, 2, C]``; recurrent_states: ``[L, S, Hkv * D / 2]``.
+        conv_states: ``[L, S, 2, C]``; recurrent_states: ``[L, S, Hkv * D / 2]``. S is one more than `slots`: slot 0 has
+            the state before any token and is nobody's.
     """
 
     config: ZayaConfig
@@ -52,10 +53,10 @@ class Cache:
         tiles, D = (L, self.num_pages, c.num_key_value_heads, self.page_size // TILE), c.head_dim
         self.k_pages = self._zeros(*tiles, TILE * D)
         self.v_pages = self._zeros(*tiles, TILE * (-(-D // TILE) * TILE))
-        self.conv_states = self._zeros(L, self.slots, 2, c.conv_channels)
-        self.recurrent_states = self._zeros(L, self.slots, c.num_key_value_heads * D // 2)
+        self.conv_states = self._zeros(L, self.slots + 1, 2, c.conv_channels)
+        self.recurrent_states = self._zeros(L, self.slots + 1, c.num_key_value_heads * D // 2)
         self.free_pages = list(range(self.num_pages))[::-1]
-        self.free_slots = list(range(self.slots))[::-1]
+        self.free_slots = list(range(EMPTY_SLOT + 1, self.slots + 1))[::-1]
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 PREFILL, DRAFT, VERIFY, AR, DENOISE = "prefill", "draft", "verify", "ar", "denoise"
+EMPTY_SLOT = 0  # its state is that before any token: blockdraft.cache
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ class Rows:
     """Columns of a step in the making."""
 
     def __init__(self, page_size: int, mask_parent: str) -> None:
-        self.page_size, self.chained = page_size, mask_parent == "previous"
+        self.page_size, self.mask_parent = page_size, mask_parent
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.positions: list[int] = []
+        self.states: list[int] = []
         self.slots: list[int] = []
         self.prefix: list[int] = []
         self.begins: list[int] = []
@@ -92,6 +94,7 @@ class Rows:
         self.tokens += block.token_ids
         self.parents += [-1, *range(first, first + count - 1)] if count else []
         self.positions += positions
+        self.states += [block.slot] * count
         self.slots += [block.pages[p // size] * size + p % size for p in positions]
         self.prefix += [p + 1 for p in positions]
         self.begins += [first] * count
@@ -100,10 +103,13 @@ class Rows:
     def add_group(self, block: Block, group: Group, first_causal: int) -> None:
         first, count = len(self.tokens), len(group.token_ids)
         seen = block.length + group.after + 1
-        parent = first_causal + group.after if group.after >= 0 else -1
+        detached = self.mask_parent == "none"
+        parent = first_causal + group.after if group.after >= 0 and not detached else -1
+        chained = self.mask_parent == "previous"
         self.tokens += group.token_ids
-        self.parents += [parent, *range(first, first + count - 1)] if self.chained else [parent] * count
+        self.parents += [parent, *range(first, first + count - 1)] if chained else [parent] * count
         self.positions += range(seen + group.skip, seen + group.skip + count)
+        self.states += [EMPTY_SLOT if detached else block.slot] * count
         self.slots += [-1] * count
         self.prefix += [seen] * count
         self.begins += [first] * count
@@ -117,15 +123,13 @@ def make_step(blocks: list[Block], page_size: int, mask_parent: str = "previous"
         blocks: One per sequence.
         page_size: Tokens of a page.
         mask_parent: What a row of a group follows in the convolutions: "previous", the row before it (the first one:
-            the causal row that the group follows), or "anchor", that causal row for all of them.
+            the causal row that the group follows), "anchor", that causal row for all of them, or "none", nothing.
     """
-    rows = Rows(page_size, mask_parent)
-    cu_rows, states = [0], []
+    rows, cu_rows = Rows(page_size, mask_parent), [0]
     for block in blocks:
         rows.add_causal(block)
         for group in block.groups:
             rows.add_group(block, group, cu_rows[-1])
-        states += [block.slot] * block.rows
         cu_rows.append(len(rows.tokens))
     width = max((len(block.pages) for block in blocks), default=0)
     table = [block.pages + [0] * (width - len(block.pages)) for block in blocks]
@@ -137,7 +141,7 @@ def make_step(blocks: list[Block], page_size: int, mask_parent: str = "previous"
         token_ids=ints(rows.tokens),
         row_parents=ints(rows.parents),
         row_positions=ints(rows.positions),
-        row_states=ints(states),
+        row_states=ints(rows.states),
         row_slots=torch.tensor(rows.slots, dtype=torch.int64),
         row_prefix=ints(rows.prefix),
         row_group_begin=ints(rows.begins),

@@ -8,6 +8,7 @@ holds, per block offset, `tokens [offsets, n, length]` and `labels`, the text's 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from blockdraft import SamplingParams, ZayaForCausalLM
 SHORTEST_PREFIX = 24
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=16)
     parser.add_argument("--depth", type=int, default=10, help="own tokens per block; the rest keep the text's")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = ZayaForCausalLM.from_pretrained(args.model, max_batch_size=64)
     stream = data.encode(model.tokenizer, [text for _, text in data.split()[0]])
     generator = torch.Generator().manual_seed(args.seed)

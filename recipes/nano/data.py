@@ -1,6 +1,7 @@
 """Text of the nano model: the Python standard library's sources (PSF licence), split by package."""
 
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,11 @@ def files() -> Iterator[tuple[Path, str]]:
                 yield relative, text
 
 
-def split() -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """Training and held-out files; duplicates by content are dropped."""
+def split(max_bytes: int | None = None) -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """Training and held-out files; duplicates by content are dropped.
+
+    max_bytes: About so much for training and a tenth of it held out, taken file by file from all over the library.
+    """
     seen: set[str] = set()
     train, held_out = [], []
     for path, text in files():
@@ -42,7 +46,34 @@ def split() -> tuple[list[tuple[Path, str]], list[tuple[Path, str]]]:
         if digest not in seen:
             seen.add(digest)
             (held_out if is_held_out(path) else train).append((path, text))
-    return train, held_out
+    if max_bytes is None:
+        return train, held_out
+    return _some(train, max_bytes), _some(held_out, max_bytes // 10)
+
+
+def _some(files: list[tuple[Path, str]], max_bytes: int) -> list[tuple[Path, str]]:
+    chosen, size = [], 0
+    for path, text in sorted(files, key=lambda file: hashlib.sha256(str(file[0]).encode()).digest()):
+        if size < max_bytes and len(text) < max_bytes // 4:
+            chosen.append((path, text))
+            size += len(text)
+    return chosen
+
+
+def manifest(train: list[tuple[Path, str]], held_out: list[tuple[Path, str]]) -> dict:
+    """What the weights were made of: every file with its hash and part."""
+
+    def entries(files: list[tuple[Path, str]]) -> dict[str, str]:
+        return {str(path): hashlib.sha256(text.encode()).hexdigest() for path, text in files}
+
+    return {
+        "source": f"standard library of CPython {sys.version.split()[0]}",
+        "licence": "PSF-2.0",
+        "bytes": {name: sum(len(text.encode()) for _, text in part) for name, part in
+                  (("train", train), ("held_out", held_out))},
+        "train": entries(train),
+        "held_out": entries(held_out),
+    }  # fmt: skip
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:

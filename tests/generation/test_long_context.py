@@ -62,7 +62,7 @@ def last_logits(reference, tokens, chunk=2048, overlap=8):
 def attend(attention, x):
     """The last rows over all keys."""
     positions = torch.arange(x.shape[1])
-    Q, K, V = attention.qkv_proj(x, positions - 1)
+    Q, K, V = attention.qkv_proj(x, Rows(positions - 1, positions))
     D = Q.shape[-1]
     K = attention.rotate(F.normalize(K, dim=-1) * (D**0.5 * attention.qk_norm.temp[:, None]), positions)
     Q = attention.rotate(F.normalize(Q[:, -LAST:], dim=-1) * D**0.5, positions[-LAST:])

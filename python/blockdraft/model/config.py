@@ -13,7 +13,7 @@ from blockdraft.model.config_styles import LAYER_TYPES, refusal, values_of
 from blockdraft.model.files import UnusableFile, read_json
 
 MAX_CONFIG_BYTES = 1 << 20
-MASK_PARENTS = ("previous", "anchor")
+MASK_PARENTS = ("previous", "anchor", "none")
 DRAFT_HEADS = ("shared", "separate", "markov")
 DRAFT_LAYOUTS = ("extra_first_mask", "masks_after_anchor", "anchor_in_block")
 # Far above any model of this class, far below where a product of them would leave 64 bits.
@@ -48,8 +48,8 @@ class ZayaConfig:
         mask_token_id: None when the config names none; drafting then needs it from elsewhere.
         block_length: Rows of a draft block.
         draft_layout: Which rows a draft block has; a property of the training.
-        mask_parent: What a mask row follows in the convolutions: ``previous``, the mask before it, or ``anchor``, the
-            last causal row for all masks of a group; a property of the training.
+        mask_parent: What a mask row follows in the convolutions: ``previous``, the mask before it, ``anchor``, the last
+            causal row for all masks of a group, or ``none``, nothing; a property of the training.
         draft_head: Output matrix of the drafts: ``shared``, the LM head; ``separate``, one of their own; ``markov``,
             that and a bias by the previous token, of rank markov_rank.
 

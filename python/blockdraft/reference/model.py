@@ -22,11 +22,14 @@ class Rows:
         parents: ``[N]`` int64, the row of the preceding token, -1 at the start of a sequence.
         positions: ``[N]`` int64, absolute positions (RoPE).
         visible: ``[N, N]`` bool, whether row i attends to row j. None means causal in row order.
+        first_mask: From this row on they are mask rows, which alone feel an adapter (`blockdraft.convert`). None where
+            all rows are clean.
     """
 
     parents: Tensor
     positions: Tensor
     visible: Tensor | None = None
+    first_mask: int | None = None
 
     @staticmethod
     def causal(length: int, device: torch.device | str = "cpu") -> "Rows":
@@ -35,8 +38,17 @@ class Rows:
 
 
 class Linear(nn.Linear):
+    """`adapter`, where there is one, adds to the mask rows of ``x [B, N, inputs]`` alone."""
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
+        self.adapter: nn.Module | None = None
+
+    def forward(self, x: Tensor, first_mask: int | None = None) -> Tensor:
+        y = super().forward(x)
+        if self.adapter is None or first_mask is None:
+            return y
+        return torch.cat([y[:, :first_mask], y[:, first_mask:] + self.adapter(x[:, first_mask:])], 1)
 
 
 class RMSNorm(nn.Module):
@@ -98,16 +110,16 @@ class CCAProjection(nn.Module):
         y = torch.einsum("bngi,gio->bngo", pair, weight)
         return y.reshape(B, N, C) + self.conv_qk_grouped.bias
 
-    def forward(self, x: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         B, N, _ = x.shape
-        D, G = self.head_dim, self.heads // self.kv_heads
-        q, k = self.q_proj(x), self.k_proj(x)
-        y = self.convolve(torch.cat([q, k], -1), parents)
+        D, G, first_mask = self.head_dim, self.heads // self.kv_heads, rows.first_mask
+        q, k = self.q_proj(x, first_mask), self.k_proj(x, first_mask)
+        y = self.convolve(torch.cat([q, k], -1), rows.parents)
         mean_q = 0.5 * (q.view(B, N, -1, G, D) + k.view(B, N, -1, 1, D))  # [B, N, Hkv, G, D]
         Q = y[..., : q.shape[-1]].view(B, N, -1, D) + mean_q.flatten(2, 3)
         K = y[..., q.shape[-1] :].view(B, N, -1, D) + mean_q.mean(3)
-        delayed = F.pad(self.v_proj_delayed(x), (0, 0, 0, 1)).index_select(1, parents % (N + 1))
-        V = torch.cat([self.v_proj_current(x), delayed], -1).view(B, N, -1, D)
+        older = F.pad(self.v_proj_delayed(x, first_mask), (0, 0, 0, 1)).index_select(1, rows.parents % (N + 1))
+        V = torch.cat([self.v_proj_current(x, first_mask), older], -1).view(B, N, -1, D)
         return Q, K, V
 
 
@@ -120,7 +132,7 @@ class Attention(nn.Module):
         rope = config.rope_parameters[config.layer_types[layer]]
         self.window = config.sliding_window if config.layer_types[layer] == "hybrid_sliding" else None
         rotary = int(config.head_dim * rope["partial_rotary_factor"])
-        inverse = rope["rope_theta"] ** (-torch.arange(0, rotary, 2).double() / rotary)
+        inverse = rope["rope_theta"] ** (-torch.arange(0, rotary, 2, device="cpu").double() / rotary)  # not meta
         self.frequencies = nn.Buffer(inverse.float(), persistent=False)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -132,7 +144,7 @@ class Attention(nn.Module):
         return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], -1)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        Q, K, V = self.qkv_proj(x, rows.parents)
+        Q, K, V = self.qkv_proj(x, rows)
         D = Q.shape[-1]
         K = F.normalize(K.float(), dim=-1, eps=1e-6) * (D**0.5 * self.qk_norm.temp[:, None])
         Q = F.normalize(Q.float(), dim=-1, eps=1e-6) * D**0.5
@@ -144,7 +156,7 @@ class Attention(nn.Module):
             visible = causal & (distance < self.window)
         heads = (Q.to(x.dtype).transpose(1, 2), K.to(x.dtype).transpose(1, 2), V.transpose(1, 2))
         out = F.scaled_dot_product_attention(*heads, attn_mask=visible, is_causal=visible is None, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2).flatten(2), rows.first_mask)
 
 
 class RouterMLP(nn.Module):
@@ -207,11 +219,14 @@ class MoE(nn.Module):
         self.gate = Router(config, layer)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor, router_states: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, router_states: Tensor | None, first_mask: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mask rows go to the experts apart: how many there are must not change a clean row's bits."""
         chosen, weight, router_states = self.gate(x, router_states)
         self.chosen = chosen.detach()  # for load balancing and statistics
-        out = self.experts(x.flatten(0, -2), chosen.flatten(), weight.flatten())
-        return out.view_as(x), router_states
+        sizes = [x.shape[1]] if first_mask is None else [first_mask, x.shape[1] - first_mask]
+        parts = zip(x.split(sizes, 1), chosen.split(sizes, 1), weight.split(sizes, 1), strict=True)
+        out = [self.experts(p.flatten(0, 1), c.flatten(), w.flatten()).view_as(p) for p, c, w in parts]
+        return torch.cat(out, 1), router_states
 
 
 class DecoderLayer(nn.Module):
@@ -228,7 +243,7 @@ class DecoderLayer(nn.Module):
         dtype = self.input_layernorm.weight.dtype
         x = self.self_attn(self.input_layernorm(residual.to(dtype)), rows)
         residual = self.post_attention_residual_scale(x, residual)
-        x, router_states = self.mlp(self.post_attention_layernorm(residual.to(dtype)), router_states)
+        x, router_states = self.mlp(self.post_attention_layernorm(residual.to(dtype)), router_states, rows.first_mask)
         return self.post_mlp_residual_scale(x, residual), router_states
 
 

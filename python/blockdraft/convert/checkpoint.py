@@ -1,0 +1,167 @@
+"""Checkpoints in and out of the trainable model."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blockdraft.convert.adapter import adapted, add_adapters
+from blockdraft.errors import CheckpointError, ConfigError
+from blockdraft.model.config import ZayaConfig
+from blockdraft.model.weights import SINGLE_FILE, Checkpoint, resolve_folder
+from blockdraft.reference.model import ZayaReference
+
+# What the convolutions of a mask row look back on, and the config's word for it.
+MASK_CONTEXTS = {"prefix": "anchor", "mask": "previous", "zero": "none"}
+ADAPTER_FILE = "draft_adapter.safetensors"
+COPIED = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+    mask_context: str | None = None,
+    draft_layout: str | None = None,
+) -> ZayaReference:
+    """The trainable model of a ZAYA1 checkpoint, of any layout that `ZayaForCausalLM.from_pretrained` reads.
+
+    Args:
+        path_or_hub_id: A folder, or ``owner/name``.
+        dtype: Of the parameters; balancing biases stay float32.
+        device: Where they lie.
+        mask_token_id, block_length, draft_layout: Override the config's, which says nothing of them before conversion.
+        mask_context: What the convolutions of a mask row look back on: ``prefix``, the last clean token, for every mask
+            of a block; ``mask``, the mask before it (the first one: that token); ``zero``, nothing.
+
+    Raises:
+        ConfigError: The config does not describe a model of this class, or an argument contradicts it.
+        CheckpointError: The weights cannot be read.
+    """
+    folder = resolve_folder(path_or_hub_id)
+    if mask_context is not None and mask_context not in MASK_CONTEXTS:
+        raise ConfigError(f"load: mask_context: wanted one of {', '.join(MASK_CONTEXTS)}, got {mask_context!r}")
+    changes = {
+        "mask_token_id": mask_token_id,
+        "block_length": block_length,
+        "mask_parent": MASK_CONTEXTS[mask_context] if mask_context else None,
+        "draft_layout": draft_layout,
+    }
+    changed = {key: value for key, value in changes.items() if value is not None}
+    config = replace(ZayaConfig.from_folder(folder), **changed)  # type: ignore[arg-type]
+    if config.draft_head != "shared":
+        wanted = "'shared', the only one trained here"
+        raise ConfigError(f"{folder}: draft_head: wanted {wanted}, got {config.draft_head!r}")
+    with Checkpoint(folder, config) as checkpoint:
+        tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
+    model = _model_of(config, tensors, dtype)
+    _load_adapters(model, folder)
+    return model.to(device)
+
+
+def _model_of(config: ZayaConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> ZayaReference:
+    with torch.device("meta"):  # no memory but the tensors' own
+        model = ZayaReference(config)
+    model.load_state_dict({name: value.to(_stored(name, dtype)) for name, value in tensors.items()}, assign=True)
+    return model
+
+
+def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith("balancing_biases") else dtype
+
+
+def _load_adapters(model: ZayaReference, folder: Path) -> None:
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        return
+    tensors = load_file(path)
+    ranks = {value.shape[0] for name, value in tensors.items() if name.endswith(".down")}
+    if len(ranks) != 1:
+        raise CheckpointError(f"{path}: rank: wanted one for all adapters, got {sorted(ranks)}")
+    add_adapters(model, ranks.pop())
+    expected = {name: value.shape for name, value in _adapter_tensors(model).items()}
+    if expected != {name: value.shape for name, value in tensors.items()}:
+        raise CheckpointError(f"{path}: the adapters are not those of this model")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _adapter_tensors(model: ZayaReference) -> dict[str, Tensor]:
+    modules = [(name, module.adapter) for name, module in adapted(model) if module.adapter is not None]
+    return {f"{name}.adapter.{leaf}": p for name, adapter in modules for leaf, p in adapter.named_parameters()}
+
+
+def save(
+    model: ZayaReference,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    files_from: str | Path | None = None,
+) -> None:
+    """Writes config.json and model.safetensors, for `ZayaForCausalLM.from_pretrained` here and in transformers.
+
+    Adapters go into a file of their own, draft_adapter.safetensors, which `load` reads.
+    Each file takes the place of an older one at once: an interrupted run leaves no half of it.
+
+    Args:
+        model: To write.
+        folder: Made where there is none.
+        dtype: Of the stored weights; balancing biases stay float32.
+        files_from: A model folder whose tokenizer, chat template and generation_config.json are copied.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = _adapter_tensors(model)
+    weights = {name: value for name, value in model.state_dict().items() if name not in adapters}
+    _write_tensors(folder / SINGLE_FILE, weights, dtype)
+    if adapters:
+        _write_tensors(folder / ADAPTER_FILE, adapters, dtype)
+    write_text(folder / "config.json", json.dumps(config_dict(model.config, dtype), indent=2) + "\n")
+    for pattern in COPIED if files_from is not None else ():
+        for file in Path(files_from).glob(pattern):
+            if file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    stored = {name: value.detach().to("cpu", _stored(name, dtype)).contiguous() for name, value in tensors.items()}
+    partial = path.with_suffix(".partial")
+    save_file(stored, partial, metadata={"format": "pt"})
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def config_dict(config: ZayaConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """The config.json of a model, in the native style, which transformers reads too."""
+    values = {name: value for name, value in vars(config).items() if name != "eos_token_ids"}
+    eos = list(config.eos_token_ids)
+    if config.draft_head != "markov":
+        del values["markov_rank"]
+    return values | {
+        "architectures": ["ZayaForCausalLM"],
+        "model_type": "zaya",
+        "dtype": str(dtype).removeprefix("torch."),
+        "layer_types": list(config.layer_types),
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "num_experts_per_tok": 1,
+        "cca_time0": 2,
+        "cca_time1": 2,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "lm_head_bias": False,
+    }
