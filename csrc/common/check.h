@@ -92,7 +92,10 @@ class Checker {
   torch::stable::Device device_;
 };
 
-// For a tensor whose dtype was checked to be one of these two.
-inline DType to_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32; }
+// For a tensor whose dtype was checked to be one of these three.
+inline DType to_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::Char) return DType::kInt8;
+  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
+}
 
 }  // namespace blockdraft

@@ -3,6 +3,8 @@
 //
 // A panel holds 32 rows of a weight matrix [N, K], two neighbouring k at a time (panel.h); K is padded to even.
 //
+// Weights of one byte become float32 or bfloat16, which hold them exactly, in registers; the caller scales the sums.
+//
 // Bits: each output is one chain of fused multiply-adds over even k, one over odd k, and their sum; where a bfloat16
 // instruction takes pairs, one chain over pairs. Neither the number of rows nor the blocking below enters, so a row has
 // the same bits in any company.
@@ -14,8 +16,8 @@
 
 namespace blockdraft::cpu {
 
-// What the rows are of that meet a weight of type W: float32, or bfloat16 where pairs are multiplied (cpu_isa.h).
-template <class W>
+// What rows of T are when they meet weights: float32, or bfloat16 where pairs are multiplied (cpu_isa.h).
+template <class T>
 struct RowType {
   using Type = float;
 };
@@ -25,8 +27,8 @@ struct RowType<BFloat16> {
   using Type = BFloat16;
 };
 #endif
-template <class W>
-using RowOf = typename RowType<W>::Type;
+template <class T>
+using RowOf = typename RowType<T>::Type;
 
 constexpr int64_t kBlockRows = 48;    // rows whose sums are kept while a part of the panel is in the L1 cache
 constexpr int64_t kBlockPairs = 128;  // 16 KB of bfloat16 panel: a third of the L1 cache
@@ -61,6 +63,19 @@ BLOCKDRAFT_INLINE PairOf load_pair(const BFloat16* panel) {
 
 BLOCKDRAFT_INLINE PairOf load_pair(const float* panel) {
   return {{load(panel), load(panel + kLanes)}, {load(panel + kPanel), load(panel + kPanel + kLanes)}};
+}
+
+// Words of 16 bits: even k in the low byte, odd k in the high one.
+BLOCKDRAFT_INLINE PairOf load_pair(const Int8* panel) {
+  PairOf pair;
+  for (int j = 0; j < 2; ++j) {
+    ShortVec bytes;
+    __builtin_memcpy(&bytes, panel + j * kPanel, sizeof bytes);
+    const IntVec both = __builtin_convertvector(bytes, IntVec);
+    pair.even[j] = __builtin_convertvector((both << 24) >> 24, Vec);
+    pair.odd[j] = __builtin_convertvector(both >> 8, Vec);
+  }
+  return pair;
 }
 
 // sums [kRows][64] += x [kRows, 2 * pairs] panel.
@@ -100,19 +115,60 @@ BLOCKDRAFT_INLINE Vec total_of(const float*, const float* sums, int j) {
 constexpr int tile_rows(const BFloat16*) { return 8; }  // 8 to 13 ran at 2 instructions a cycle, 6 at 1.8, 4 at 1.3
 constexpr int64_t row_sums(const BFloat16*) { return kPanel; }
 
-template <int kRows, bool kFirst>
-static inline void multiply_tile(const BFloat16* x, int64_t stride, const BFloat16* panel, int64_t pairs, float* sums) {
+struct Operands {
+  __m512bh pairs[2];  // of 16 outputs each
+};
+
+BLOCKDRAFT_INLINE Operands load_operands(const BFloat16* panel) {
+  return {{bits_as<__m512bh>(load_words(panel)), bits_as<__m512bh>(load_words(panel + kPanel))}};
+}
+
+// The bytes of 0 .. 127 in bfloat16, for two table lookups by 7 bits.
+struct ByteTables {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr ByteTables() : low(), high() {
+    for (int i = 0; i < 128; ++i) {
+      const uint16_t bits = from_float<BFloat16>(static_cast<float>(i)).bits;
+      low[i] = bits & 0xff, high[i] = bits >> 8;
+    }
+  }
+};
+constexpr ByteTables kSizes;
+
+// Unpacking works within 16 bytes: it takes the outputs of 4 neighbours from each half of them, so 8 of one operand and
+// then 8 of the other must lie there.
+struct UnpackOrder {
+  alignas(64) uint8_t from[64];
+  constexpr UnpackOrder() : from() {
+    for (int i = 0; i < 64; ++i) from[i] = i / 16 * 8 + i % 16 / 8 * 32 + i % 8;
+  }
+};
+constexpr UnpackOrder kUnpackOrder;
+
+BLOCKDRAFT_INLINE Operands load_operands(const Int8* panel) {
+  const __m512i values = _mm512_permutexvar_epi8(_mm512_load_si512(kUnpackOrder.from), _mm512_loadu_si512(panel));
+  const __m512i sizes = _mm512_abs_epi8(values), signs = _mm512_and_si512(values, _mm512_set1_epi8(-128));
+  const __m512i low =
+      _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.low), sizes, _mm512_load_si512(kSizes.low + 64));
+  const __m512i high = _mm512_or_si512(
+      _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.high), sizes, _mm512_load_si512(kSizes.high + 64)), signs);
+  return {{bits_as<__m512bh>(_mm512_unpacklo_epi8(low, high)), bits_as<__m512bh>(_mm512_unpackhi_epi8(low, high))}};
+}
+
+template <int kRows, bool kFirst, class W>
+static inline void multiply_tile(const BFloat16* x, int64_t stride, const W* panel, int64_t pairs, float* sums) {
   Vec sum[kRows][2];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < 2; ++j) sum[i][j] = load(sums + i * kPanel + j * kLanes);
   for (int64_t k = 0; k < pairs; ++k, panel += kPair) {
     prefetch_next<kFirst>(panel);
-    const __m512bh w[2] = {bits_as<__m512bh>(load_words(panel)), bits_as<__m512bh>(load_words(panel + kPanel))};
+    const Operands w = load_operands(panel);
     for (int i = 0; i < kRows; ++i) {
       uint32_t pair;
       __builtin_memcpy(&pair, x + i * stride + 2 * k, sizeof pair);
       const __m512bh both = bits_as<__m512bh>(pair - WordVec{});
-      for (int j = 0; j < 2; ++j) sum[i][j] = bits_as<Vec>(_mm512_dpbf16_ps(bits_as<__m512>(sum[i][j]), w[j], both));
+      for (int j = 0; j < 2; ++j)
+        sum[i][j] = bits_as<Vec>(_mm512_dpbf16_ps(bits_as<__m512>(sum[i][j]), w.pairs[j], both));
     }
   }
   for (int i = 0; i < kRows; ++i)
@@ -177,10 +233,10 @@ BLOCKDRAFT_INLINE void store_panel(T* out, const Vec (&total)[2], int64_t n) {
   for (int64_t c = 0; c < n; ++c) narrow(total[c / kLanes][c % kLanes], out + c);
 }
 
-// x, rounded to W, into a row that meets weights of type W.
-template <class W>
-BLOCKDRAFT_INLINE void narrow_to_row(float x, RowOf<W>* out) {
-  narrow(as_stored<W>(x), out);
+// x, rounded to T, into a row of T that will meet weights.
+template <class T>
+BLOCKDRAFT_INLINE void narrow_to_row(float x, RowOf<T>* out) {
+  narrow(as_stored<T>(x), out);
 }
 
 // K values of T to `stride` values as products read them; what lies between becomes 0.

@@ -5,7 +5,8 @@
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
 
-// A panel is the transpose of 32 rows of words of 4 bytes: pairs of bfloat16, or single float32.
+// A panel is the transpose of 32 rows of words of 4 bytes: pairs of bfloat16, or single float32. Words of int8 are two
+// pairs, which lie one behind the other for all 32 outputs.
 constexpr int64_t kWordBytes = 4;
 
 // Where the lane `l` of a row of a transpose comes from, in two rows `step` apart: 0 to 15 the upper, from 16 the
@@ -33,15 +34,29 @@ BLOCKDRAFT_INLINE void exchange(WordVec (&rows)[kLanes]) {
 }
 #undef BLOCKDRAFT_LANES
 
+// Row i of words [16][32], 16 of them.
+BLOCKDRAFT_INLINE void store_row(WordVec row, int64_t i, float* packed) {
+  __builtin_memcpy(packed + i * kPanel, &row, sizeof row);
+}
+BLOCKDRAFT_INLINE void store_row(WordVec row, int64_t i, BFloat16* packed) {
+  __builtin_memcpy(packed + i * kPair, &row, sizeof row);
+}
+BLOCKDRAFT_INLINE void store_row(WordVec row, int64_t i, Int8* packed) {
+  const HalfVec pairs[2] = {__builtin_convertvector(row & 0xffffu, HalfVec),
+                            __builtin_convertvector(row >> 16, HalfVec)};
+  for (int j = 0; j < 2; ++j) __builtin_memcpy(packed + (2 * i + j) * kPair, &pairs[j], sizeof pairs[j]);
+}
+
 // Words [16][16] of rows `stride` bytes apart, to [16][32].
-BLOCKDRAFT_INLINE void transpose_tile(const char* rows, int64_t stride, char* packed) {
+template <class T>
+BLOCKDRAFT_INLINE void transpose_tile(const char* rows, int64_t stride, T* packed) {
   WordVec tile[kLanes];
   for (int i = 0; i < kLanes; ++i) tile[i] = load_words(rows + i * stride);
   exchange<1>(tile);
   exchange<2>(tile);
   exchange<4>(tile);
   exchange<8>(tile);
-  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(packed + i * kPanel * kWordBytes, &tile[i], sizeof tile[i]);
+  for (int i = 0; i < kLanes; ++i) store_row(tile[i], i, packed);
 }
 
 // Columns from k on, and what the matrix does not have.
@@ -64,7 +79,7 @@ void pack_panel(const PackWeightParams& p, int64_t matrix, int64_t panel) {
   for (int64_t k = 0; k < whole; k += kTile)
     for (int64_t c = 0; c < kPanel; c += kLanes)
       transpose_tile(reinterpret_cast<const char*>(weight + c * p.K + k), stride,
-                     reinterpret_cast<char*>(packed + k / 2 * kPair) + c * kWordBytes);
+                     packed + k / 2 * kPair + in_pair<T>(c, 0));
   pack_rest(weight, p.K, rows, whole, p.pairs, packed);
 }
 
@@ -74,6 +89,8 @@ void pack_weight(const PackWeightParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (p.dtype == DType::kBFloat16)
       pack_panel<BFloat16>(p, i / p.panels, i % p.panels);
+    else if (p.dtype == DType::kInt8)
+      pack_panel<Int8>(p, i / p.panels, i % p.panels);
     else
       pack_panel<float>(p, i / p.panels, i % p.panels);
   }

@@ -8,10 +8,11 @@ namespace blockdraft::cpu {
 constexpr int64_t kPanel = 32;  // outputs of a panel
 constexpr int64_t kPair = 64;   // elements of a panel for two k
 
-// Place of (output c, k) in its pair: [32][2] in bfloat16, as matrix instructions want it, [2][32] in float32.
+// Place of (output c, k) in its pair: [32][2] in bfloat16, as matrix instructions want it, and int8; [2][32] in
+// float32.
 template <class T>
 BLOCKDRAFT_INLINE int64_t in_pair(int64_t c, int64_t k) {
-  return sizeof(T) == 2 ? 2 * c + (k & 1) : (k & 1) * kPanel + c;
+  return sizeof(T) < 4 ? 2 * c + (k & 1) : (k & 1) * kPanel + c;
 }
 
 // Key `slot` of a page: k [D] and v [D] of one head into the tiles of that head and page.

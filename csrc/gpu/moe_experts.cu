@@ -61,18 +61,26 @@ __device__ void for_rows_of(const MoeExpertsParams& p, int expert, F chunk) {
   }
 }
 
+// Of an output of a weight of type W.
+template <class W>
+__device__ float scale_of(const float* scales, int64_t output) {
+  if constexpr (sizeof(W) == 1) return scales[output];
+  return 1;
+}
+
 __device__ inline float silu(float x) { return x / (1 + expf(-x)); }
 
 // A block: one expert, 32 of its inner outputs, gate panel and up panel.
-template <class T, int kRows, bool kWhole>
+template <class T, class W, int kRows, bool kWhole>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_up_kernel(MoeExpertsParams p) {
-  using Product = BlockProduct<T, 2, kRows, kWarps, part_rows(kRows)>;
+  using Product = BlockProduct<T, 2, kRows, kWarps, part_rows(kRows), W>;
   __shared__ __align__(16) float shared[Product::kFloats];
   const Product product = {shared};
   const int strips = static_cast<int>((p.I + kPanel - 1) / kPanel), block = static_cast<int>(blockIdx.x);
   const int expert = block / strips, strip = block % strips;
   const T* x = static_cast<const T*>(p.x);
-  const Panels<T> weights = {static_cast<const T*>(p.gate_up_proj) + int64_t{block} * 2 * p.pairs * kPair, p.pairs, 2};
+  const Panels<W> weights = {static_cast<const W*>(p.gate_up_proj) + int64_t{block} * 2 * p.pairs * kPair, p.pairs, 2};
+  const int64_t first_row = expert * 2 * p.I;
   for_rows_of<kRows>(p, expert, [&](const int32_t* rows) {
     const auto row = [&](int i) { return rows[i] < 0 ? nullptr : x + rows[i] * p.H; };
     product.template multiply<kWhole>(weights, row, p.H, is_aligned(x, p.H), [&](int first) {
@@ -80,9 +88,10 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_up
       for (int at = threadIdx.x; at < part_rows(kRows) * kPanel; at += kThreads) {
         const int i = at / kPanel, c = at % kPanel, t = rows[first + i];
         const int n = strip * kPanel + c;
-        if (t >= 0 && n < p.I)
-          static_cast<T*>(p.hidden)[t * p.hidden_stride + n] =
-              from_float<T>(silu(product.sum(i, c)) * product.sum(i, kPanel + c));
+        if (t < 0 || n >= p.I) continue;
+        const float gate = product.sum(i, c) * scale_of<W>(p.gate_up_scales, first_row + n);
+        const float up = product.sum(i, kPanel + c) * scale_of<W>(p.gate_up_scales, first_row + p.I + n);
+        static_cast<T*>(p.hidden)[t * p.hidden_stride + n] = from_float<T>(silu(gate) * up);
       }
     });
   });
@@ -102,18 +111,18 @@ __device__ void skip_rows(const MoeExpertsParams& p, int64_t first) {
 }
 
 // A block: one expert and one or two panels of outputs; after those of all experts, kWarps rows each.
-template <class T, int kRows, bool kWhole>
+template <class T, class W, int kRows, bool kWhole>
 __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_down_kernel(MoeExpertsParams p) {
   constexpr int kPanels = down_panels(kRows);
-  using Product = BlockProduct<T, kPanels, kRows, kWarps, part_rows(kRows)>;
+  using Product = BlockProduct<T, kPanels, kRows, kWarps, part_rows(kRows), W>;
   __shared__ __align__(16) float shared[Product::kFloats];
   const Product product = {shared};
   const int panels = static_cast<int>((p.H + kPanel - 1) / kPanel), strips = (panels + kPanels - 1) / kPanels;
   const int block = static_cast<int>(blockIdx.x), expert = block / strips, panel = block % strips * kPanels;
   if (expert >= p.E) return skip_rows<T>(p, (block - p.E * strips) * kWarps);
   const T* hidden = static_cast<const T*>(p.hidden);
-  const Panels<T> weights = {
-      static_cast<const T*>(p.down_proj) + (expert * int64_t{panels} + panel) * p.inner_pairs * kPair, p.inner_pairs,
+  const Panels<W> weights = {
+      static_cast<const W*>(p.down_proj) + (expert * int64_t{panels} + panel) * p.inner_pairs * kPair, p.inner_pairs,
       panels - panel};
   for_rows_of<kRows>(p, expert, [&](const int32_t* rows) {
     const auto row = [&](int i) { return rows[i] < 0 ? nullptr : hidden + rows[i] * p.hidden_stride; };
@@ -123,37 +132,50 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_do
         const int i = at / Product::kOutputs, c = at % Product::kOutputs, t = rows[first + i];
         const int n = panel * kPanel + c;
         if (t >= 0 && n < p.H)
-          static_cast<T*>(p.out)[t * p.H + n] = from_float<T>(product.sum(i, c) * p.topk_weights[t]);
+          static_cast<T*>(p.out)[t * p.H + n] =
+              from_float<T>(product.sum(i, c) * scale_of<W>(p.down_scales, expert * p.H + n) * p.topk_weights[t]);
       }
     });
   });
 }
 
-template <class T, int kRows, bool kWhole>
+template <class T, class W, int kRows, bool kWhole>
 void launch(const MoeExpertsParams& p, void* stream) {
   constexpr int kOutputs = down_panels(kRows) * kPanel;
   const int64_t up = (p.I + kPanel - 1) / kPanel, down = (p.H + kOutputs - 1) / kOutputs;
   const int64_t skip = (p.T + kWarps - 1) / kWarps;
   if (p.E > 0)
-    BLOCKDRAFT_LAUNCH((moe_experts_up_kernel<T, kRows, kWhole>), dim3(p.E * up), dim3(kThreads), 0, stream, p);
-  BLOCKDRAFT_LAUNCH((moe_experts_down_kernel<T, kRows, kWhole>), dim3(p.E * down + skip), dim3(kThreads), 0, stream, p);
+    BLOCKDRAFT_LAUNCH((moe_experts_up_kernel<T, W, kRows, kWhole>), dim3(p.E * up), dim3(kThreads), 0, stream, p);
+  BLOCKDRAFT_LAUNCH((moe_experts_down_kernel<T, W, kRows, kWhole>), dim3(p.E * down + skip), dim3(kThreads), 0, stream,
+                    p);
+}
+
+template <class W>
+void launch_bfloat16(const MoeExpertsParams& p, void* stream) {
+  // The shapes of real models; see is_whole in panel.cuh.
+  const bool whole = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.H % (2 * kPanel) == 0 && p.I % kPanel == 0;
+  if (!whole)
+    launch<BFloat16, W, 16, false>(p, stream);
+  else if (p.T <= kTileRows)
+    launch<BFloat16, W, kTileRows, true>(p, stream);
+  else if (p.T <= 64)
+    launch<BFloat16, W, 16, true>(p, stream);
+  else
+    launch<BFloat16, W, 48, true>(p, stream);
 }
 
 }  // namespace
 
 const char* moe_experts(const MoeExpertsParams& p, void* stream) {
-  // The shapes of real models; see is_whole in panel.cuh.
-  const bool whole = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.H % (2 * kPanel) == 0 && p.I % kPanel == 0;
-  if (p.dtype == DType::kFloat32)
-    launch<float, 16, false>(p, stream);
-  else if (!whole)
-    launch<BFloat16, 16, false>(p, stream);
-  else if (p.T <= kTileRows)
-    launch<BFloat16, kTileRows, true>(p, stream);
-  else if (p.T <= 64)
-    launch<BFloat16, 16, true>(p, stream);
+  const bool int8 = p.weight_dtype == DType::kInt8, wide = p.dtype == DType::kFloat32;
+  if (wide && int8)
+    launch<float, Int8, 16, false>(p, stream);
+  else if (wide)
+    launch<float, float, 16, false>(p, stream);
+  else if (int8)
+    launch_bfloat16<Int8>(p, stream);
   else
-    launch<BFloat16, 48, true>(p, stream);
+    launch_bfloat16<BFloat16>(p, stream);
   return last_error();
 }
 

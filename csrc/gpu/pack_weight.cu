@@ -28,9 +28,13 @@ __global__ void __launch_bounds__(kThreads) pack_weight_kernel(PackWeightParams 
 const char* pack_weight(const PackWeightParams& p, void* stream) {
   if (p.E == 0) return nullptr;
   const dim3 grid(p.E * p.panels, (p.pairs + kBlockPairs - 1) / kBlockPairs);
-  visit_dtype(p.dtype, [&](auto tag) {
+  const auto launch = [&](auto tag) {
     BLOCKDRAFT_LAUNCH(pack_weight_kernel<decltype(tag)>, grid, dim3(kThreads), 0, stream, p);
-  });
+  };
+  if (p.dtype == DType::kInt8)
+    launch(Int8{});
+  else
+    visit_dtype(p.dtype, launch);
   return last_error();
 }
 

@@ -49,21 +49,32 @@ void run_gpu(MoeExpertsParams& p, const Tensor& x) {
   launch_gpu("moe_experts", x, [&](void* stream) { return gpu::moe_experts(p, stream); });
 }
 
+void check_scales(const Checker& checker, const char* name, const std::optional<Tensor>& scales,
+                  std::initializer_list<Dim*> dims, bool bytes) {
+  check(scales.has_value() == bytes, "moe_experts: ", name, " must be ", bytes ? "a tensor" : "None",
+        " with weights of ", bytes ? "Char" : "the dtype of x", ", got ", bytes ? "None" : "a tensor");
+  if (bytes) checker.tensor(*scales, name, dims, {ScalarType::Float});
+}
+
 Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate_up_proj,
-                   const Tensor& down_proj, int64_t intermediate_size, bool skip_identity) {
+                   const Tensor& down_proj, int64_t intermediate_size, bool skip_identity,
+                   const std::optional<Tensor>& gate_up_scales, const std::optional<Tensor>& down_scales) {
   Dim T{"T"}, H{"H"}, E{"E"}, up_panels{"2 * ceil(I / 32)"}, down_panels{"ceil(H / 32)"}, h_pairs{"ceil(H / 2)"},
-      i_pairs{"ceil(I / 2)"}, pair{"64", kPanelPair};
+      i_pairs{"ceil(I / 2)"}, pair{"64", kPanelPair}, up_rows{"2 * I"};
   const Checker checker("moe_experts", x);
   checker.tensor(x, "x", {&T, &H}, {ScalarType::Float, ScalarType::BFloat16});
-  const std::initializer_list<ScalarType> same = {x.scalar_type()};
   check(H > 0, "moe_experts: H must be positive, got ", H.size);
   check(intermediate_size > 0, "moe_experts: intermediate_size must be positive, got ", intermediate_size);
   h_pairs.size = ceil_div(H, 2), i_pairs.size = ceil_div(intermediate_size, 2);
   up_panels.size = 2 * ceil_div(intermediate_size, kPanelOutputs), down_panels.size = ceil_div(H, kPanelOutputs);
   checker.tensor(topk_ids, "topk_ids", {&T}, {ScalarType::Int});
   checker.tensor(topk_weights, "topk_weights", {&T}, {ScalarType::Float});
-  checker.tensor(gate_up_proj, "gate_up_proj", {&E, &up_panels, &h_pairs, &pair}, same);
-  checker.tensor(down_proj, "down_proj", {&E, &down_panels, &i_pairs, &pair}, same);
+  checker.tensor(gate_up_proj, "gate_up_proj", {&E, &up_panels, &h_pairs, &pair}, {x.scalar_type(), ScalarType::Char});
+  checker.tensor(down_proj, "down_proj", {&E, &down_panels, &i_pairs, &pair}, {gate_up_proj.scalar_type()});
+  up_rows.size = 2 * intermediate_size;
+  const bool bytes = gate_up_proj.scalar_type() == ScalarType::Char;
+  check_scales(checker, "gate_up_scales", gate_up_scales, {&E, &up_rows}, bytes);
+  check_scales(checker, "down_scales", down_scales, {&E, &H}, bytes);
   check_values<int32_t>("moe_experts", "topk_ids", topk_ids, 0, E);
 
   Tensor out = torch::stable::empty_like(x);
@@ -77,6 +88,8 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
                      .topk_weights = read<float>(topk_weights),
                      .gate_up_proj = gate_up_proj.const_data_ptr(),
                      .down_proj = down_proj.const_data_ptr(),
+                     .gate_up_scales = bytes ? read<float>(*gate_up_scales) : nullptr,
+                     .down_scales = bytes ? read<float>(*down_scales) : nullptr,
                      .hidden = nullptr,
                      .out = out.mutable_data_ptr(),
                      .T = T,
@@ -88,6 +101,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
                      .inner_pairs = i_pairs,
                      .hidden_stride = 0,
                      .dtype = to_dtype(x.scalar_type()),
+                     .weight_dtype = to_dtype(gate_up_proj.scalar_type()),
                      .skip_identity = skip_identity};
   if constexpr (kBackend == Backend::kCpu)
     run_cpu(p, x);
@@ -102,7 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas) {
     m.def(
         "moe_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
-        "int intermediate_size, bool skip_identity) -> Tensor");
+        "int intermediate_size, bool skip_identity, Tensor? gate_up_scales=None, Tensor? down_scales=None) -> Tensor");
   }
 }
 

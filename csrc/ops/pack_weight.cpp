@@ -26,9 +26,9 @@ Tensor pack_weight(const Tensor& weight, int64_t halves) {
   const Checker checker("pack_weight", weight);
   const bool stacked = weight.dim() == 3;
   if (stacked)
-    checker.tensor(weight, "weight", {&E, &N, &K}, {ScalarType::Float, ScalarType::BFloat16});
+    checker.tensor(weight, "weight", {&E, &N, &K}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char});
   else
-    checker.tensor(weight, "weight", {&N, &K}, {ScalarType::Float, ScalarType::BFloat16});
+    checker.tensor(weight, "weight", {&N, &K}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char});
   check(halves == 1 || halves == 2, "pack_weight: halves must be 1 or 2, got ", halves);
   check(N > 0 && K > 0 && N % halves == 0, "pack_weight: weight must have rows divisible by halves=", halves,
         " and at least one column, got [", N.size, ", ", K.size, "]");

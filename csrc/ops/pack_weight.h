@@ -2,7 +2,8 @@
 // Contract of pack_weight: the order in which kernels stream a weight matrix.
 //
 // Panels of 32 outputs, two neighbouring k at a time, on every device (csrc/cpu/gemm.h, csrc/gpu/device/panel.cuh):
-//   packed[e][p][k / 2][..] = weight[e][row(p, c)][k], 32 c; inner order [32][2] in bfloat16, [2][32] in float32.
+//   packed[e][p][k / 2][..] = weight[e][row(p, c)][k], 32 c; inner order [32][2] in bfloat16 and int8, [2][32] in
+//   float32.
 // With halves = 2 the matrix is two stacked ones (gate above up): panel 2i holds rows 32i.. of the first, panel 2i + 1
 // those of the second, so that a SwiGLU finds both beside each other. Missing rows and an odd last k are zeros.
 #include <cstdint>

@@ -39,6 +39,7 @@ class Experts:
     E: int
     dtype: torch.dtype
     skip_identity: bool = False
+    int8: bool = False
 
     def __post_init__(self) -> None:
         T = len(self.ids)
@@ -46,17 +47,28 @@ class Experts:
         self.weights = torch.rand(T)
         self.gate_up = (2 * torch.randn(self.E, 2 * self.I, self.H) / self.H**0.5).to(self.dtype)
         self.down = (torch.randn(self.E, self.H, self.I) / self.I**0.5).to(self.dtype)
+        self.scales: tuple[Tensor | None, Tensor | None] = None, None
+        if self.int8:
+            self.set_int8(to_int8(self.gate_up), to_int8(self.down))
 
-    def call(self) -> dict[str, Any]:
-        pack = self.backend.op("pack_weight")
+    def set_int8(self, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> None:
+        """Values ``[.., K]`` and scales ``[..]``; the weights become their products, in float64."""
+        self.values, self.scales = (gate_up[0], down[0]), (gate_up[1], down[1])
+        self.gate_up, self.down = (values.double() * scales.double()[..., None] for values, scales in (gate_up, down))
+
+    def call(self, pack: Any = None) -> dict[str, Any]:
+        pack = pack or self.backend.op("pack_weight")
+        gate_up, down = self.values if self.int8 else (self.gate_up, self.down)
         return {
             "x": self.x,
             "topk_ids": int32(self.ids),
             "topk_weights": self.weights,
-            "gate_up_proj": pack(weight=self.gate_up, halves=2),
-            "down_proj": pack(weight=self.down, halves=1),
+            "gate_up_proj": pack(weight=gate_up, halves=2),
+            "down_proj": pack(weight=down, halves=1),
             "intermediate_size": self.I,
             "skip_identity": self.skip_identity,
+            "gate_up_scales": self.scales[0],
+            "down_scales": self.scales[1],
         }
 
     def run(self) -> Tensor:
@@ -71,7 +83,8 @@ class Experts:
         for e in set(self.ids.tolist()) - {self.E}:
             rows, gate_up, down = self.ids == e, self.gate_up[e].double(), self.down[e].double()
             gate, up = (x[rows] @ gate_up.T).chunk(2, -1)
-            gate_error, up_error = sum_error(c, self.H, x[rows].abs() @ gate_up.abs().T).chunk(2, -1)
+            sums_error = sum_error(c, self.H, x[rows].abs() @ gate_up.abs().T)
+            gate_error, up_error = (sums_error + self.scaling_error(x[rows] @ gate_up.T)).chunk(2, -1)
             gate_error = 1.1 * gate_error + (2 * gate.abs() + 8) * U32 * silu(gate).abs()  # of silu: its slope, its exp
             hidden = silu(gate) * up
             hidden_error = gate_error * (up.abs() + up_error) + silu(gate).abs() * up_error + U32 * hidden.abs() + 1e-37
@@ -79,8 +92,17 @@ class Experts:
             hidden, hidden_error = (low + high) / 2, (high - low) / 2
             sums_error = hidden_error @ down.abs().T + sum_error(c, self.I, hidden.abs() @ down.abs().T)
             out[rows] = weights[rows] * (hidden @ down.T)
-            error[rows] = weights[rows] * sums_error + 2 * U32 * out[rows].abs()
+            error[rows] = weights[rows] * sums_error + 2 * U32 * out[rows].abs() + self.scaling_error(out[rows])
         return out, error
+
+    def scaling_error(self, scaled: Tensor) -> Tensor:
+        return int(self.int8) * U32 * scaled.abs()
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """127 is the largest of each row."""
+    scales = weight.float().abs().amax(-1) / 127
+    return (weight.float() / scales[..., None]).round().to(torch.int8), scales
 
 
 def assert_matches_float64(experts: Experts) -> None:
@@ -113,9 +135,8 @@ def test_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E7
     if T == 1:
         experts.ids[0] = 0
     assert_matches_float64(experts)
-    pack, routed, (expected, error) = blockdraft.reference.pack_weight, experts.ids != E, experts.in_float64()
-    plain = experts.call() | {"gate_up_proj": pack(experts.gate_up, 2), "down_proj": pack(experts.down)}
-    reference = blockdraft.reference.moe_experts(**plain)
+    routed, (expected, error) = experts.ids != E, experts.in_float64()
+    reference = blockdraft.reference.moe_experts(**experts.call(blockdraft.reference.pack_weight))
     assert_within(reference[routed], expected[routed], error[routed], "the definition")
     assert_no_worse_than_eager(experts.run()[routed], reference[routed], expected[routed])
 
@@ -237,22 +258,133 @@ def test_ids_out_of_range(gpu, skip_identity, dtype):
     assert same_bits(out[~bad], clean[~bad])
 
 
+# Weights of int8.
+
+
+@dtypes
+@skips
+@each_size(
+    "T H I E", (1, 1, 1, 1), (3, 31, 33, 5), (33, 33, 31, 16), (64, 128, 64, 4), (130, 64, 96, 3), (16, 48, 352, 2)
+)
+def test_int8_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E741
+    experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype, skip_identity, int8=True)
+    experts.ids[0] = 0
+    assert_matches_float64(experts)
+    (expected, error), routed = experts.in_float64(), experts.ids != E
+    reference = blockdraft.reference.moe_experts(**experts.call(blockdraft.reference.pack_weight))
+    assert_within(reference[routed], expected[routed], error[routed], "the definition")
+
+
+@dtypes
+@pytest.mark.parametrize("T", [1, 2, 5, 7, 8, 13, 17, 48, 49, 97, 130])
+def test_int8_all_rows_to_one_expert(backend, T, dtype):
+    assert_matches_float64(Experts(backend, torch.full((T,), 3), 64, 33, 5, dtype, int8=True))
+
+
+@dtypes
+@each_size("T H I", (1, 20, 70), (7, 64, 64), (64, 20, 70), (130, 64, 96), (9, 1088, 1056))
+def test_int8_matches_integers_exactly(backend, T, H, I, dtype):  # noqa: E741
+    """As test_matches_integers_exactly; every byte from -127 to 127 is a weight, and every scale a power of two or the
+    gate's 24."""
+    E = 3
+    experts = Experts(backend, torch.randint(E, (T,)), H, I, E, dtype, int8=True)
+    experts.x = torch.randint(-1, 2, (T, H)).to(dtype)
+    experts.x[:, -1] = 1
+    gate_up = torch.randint(-1, 2, (E, 2 * I, H)) * (torch.arange(H) % (H // 8) == 0)
+    gate_up[:, :I] = 0
+    gate_up[:, :I, -1] = 1
+    gate_up_scales = 2.0 ** torch.randint(-3, 1, (E, 2 * I))
+    gate_up_scales[:, :I] = 24
+    down = torch.randint(-127, 128, (E, H, I))
+    down.view(-1)[:255] = torch.arange(-127, 128)
+    down_scales = 2.0 ** torch.randint(-9, -2, (E, H))
+    experts.set_int8((gate_up.to(torch.int8), gate_up_scales), (down.to(torch.int8), down_scales))
+    experts.weights = 2.0 ** torch.randint(-3, 3, (T,))
+    up = torch.einsum("th,tih->ti", experts.x.double(), experts.gate_up[experts.ids, I:])
+    expected = torch.einsum("ti,tio->to", 24 * up, experts.down[experts.ids].mT) * experts.weights[:, None]
+    assert same_bits(experts.run(), (expected + 0.0).to(dtype))
+
+
+@dtypes
+@each_size("H I E", (33, 40, 3), (256, 96, 5))
+def test_int8_batch_invariance(backend, H, I, E, dtype):  # noqa: E741
+    call = Experts(backend, torch.randint(E + 1, (64,)), H, I, E, dtype, int8=True).call()
+
+    def run(rows: Tensor) -> tuple[Tensor]:
+        chosen = {name: call[name][rows] for name in ("x", "topk_ids", "topk_weights")}
+        return (backend.op("moe_experts")(**(call | chosen)),)
+
+    assert_batch_invariant(run)
+
+
+@dtypes
+def test_int8_many_rows_have_the_bits_of_few(backend, dtype):
+    call = Experts(backend, torch.randint(4, (130,)), 320, 288, 3, dtype, int8=True).call()
+    together = backend.op("moe_experts")(**call)
+    for begin, end in ((0, 3), (3, 19), (60, 124), (120, 130)):
+        rows = {name: call[name][begin:end] for name in ("x", "topk_ids", "topk_weights")}
+        assert same_bits(together[begin:end], backend.op("moe_experts")(**(call | rows)))
+
+
+@each_wrong_call(
+    {
+        "no-scales": (
+            {"gate_up_scales": None, "down_scales": None},
+            "gate_up_scales must be a tensor with weights of Char, got None",
+        ),
+        "no-down-scales": ({"down_scales": None}, "down_scales must be a tensor with weights of Char, got None"),
+        "one-float": ({"down_proj": Tensor.float}, "down_proj must be Char, got Float"),
+        "other-float": ({"gate_up_proj": Tensor.float}, "down_proj must be Float, got Char"),
+        "scales-of-halves": (
+            {"gate_up_scales": lambda t: t[:, :40].clone()},
+            r"gate_up_scales must be .*=80\], .*40\]",
+        ),
+        "scales-E": ({"down_scales": lambda t: t[:4]}, r"down_scales must be \[E=5, H=8\], got \[4, 8\]"),
+        "scales-bfloat16": ({"down_scales": Tensor.bfloat16}, "down_scales must be Float, got BFloat16"),
+    }
+)
+def test_int8_error_messages(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend, int8=True), changes, message)
+
+
+@each_wrong_call(
+    {
+        "gate-up": (
+            {"gate_up_scales": torch.ones(5, 80)},
+            "gate_up_scales must be None with weights of the dtype of x, got a tensor",
+        ),
+        "down": (
+            {"down_scales": torch.ones(5, 8)},
+            "down_scales must be None with weights of the dtype of x, got a tensor",
+        ),
+    }
+)
+def test_scales_without_int8(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend), changes, message)
+
+
+@dtypes
+def test_int8_opcheck(cpu, dtype):
+    opcheck("moe_experts", small_call(cpu, dtype, T=9, int8=True))
+
+
 # Errors.
 
 
-def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3) -> dict[str, Any]:
-    return Experts(backend, torch.arange(T) % 6, 8, 40, 5, dtype).call()
+def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3, int8: bool = False) -> dict[str, Any]:
+    return Experts(backend, torch.arange(T) % 6, 8, 40, 5, dtype, int8=int8).call()
 
 
 @each_malformed_tensor("moe_experts")
 def test_malformed_tensor(backend, changes, message):
-    assert_raises(backend, "moe_experts", small_call(backend), changes, message)
+    int8 = any(name.endswith("scales") for name in changes)
+    assert_raises(backend, "moe_experts", small_call(backend, int8=int8), changes, message)
 
 
 @each_wrong_call(
     {
         "float64": ({"x": Tensor.double}, "x must be Float or BFloat16, got Double"),
-        "mixed": ({"x": Tensor.bfloat16}, "gate_up_proj must be BFloat16, got Float"),
+        "mixed": ({"x": Tensor.bfloat16}, "gate_up_proj must be BFloat16 or Char, got Float"),
         "down-bfloat16": ({"down_proj": Tensor.bfloat16}, "down_proj must be Float, got BFloat16"),
         "ids-int64": ({"topk_ids": Tensor.long}, "topk_ids must be Int, got Long"),
         "ids": ({"topk_ids": int32([0])}, r"topk_ids must be \[T=3\], got \[1\]"),

@@ -7,7 +7,6 @@ from blockdraft.reference.pack_weight import unpack_weight
 from ops.helpers import (
     assert_compiles_once,
     assert_raises,
-    dtypes,
     each_malformed_tensor,
     each_wrong_call,
     opcheck,
@@ -17,17 +16,24 @@ from ops.helpers import (
 
 SHAPES = [(1, 1), (1, 8), (31, 33), (32, 2), (33, 31), (64, 7), (200, 129), (3, 33, 5), (17, 40, 64), (0, 3, 4)]
 HALVES = [(2, 1), (2, 8), (62, 33), (64, 2), (66, 31), (3, 130, 9)]
+TYPES = [torch.float32, torch.bfloat16, torch.int8]
 CASES = [(shape, 1) for shape in SHAPES] + [(shape, 2) for shape in HALVES]
 
 each_shape = pytest.mark.parametrize(
     ("shape", "halves"), CASES, ids=["x".join(map(str, shape)) + f"-halves{halves}" for shape, halves in CASES]
 )
 
+dtypes = pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16", "int8"])
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-128, 128, shape).to(dtype) if dtype == torch.int8 else torch.randn(shape).to(dtype)
+
 
 @dtypes
 @each_shape
 def test_matches_reference(backend, shape, halves, dtype):
-    weight = torch.randn(shape).to(dtype)
+    weight = random(*shape, dtype=dtype)
     packed = backend.op("pack_weight")(weight=weight, halves=halves)
     assert same_bits(packed, blockdraft.reference.pack_weight(weight, halves))
     assert packed.is_contiguous()
@@ -36,7 +42,7 @@ def test_matches_reference(backend, shape, halves, dtype):
 @dtypes
 @each_shape
 def test_unpacks_to_itself(backend, shape, halves, dtype):
-    weight = torch.randn(shape).to(dtype)
+    weight = random(*shape, dtype=dtype)
     packed = backend.op("pack_weight")(weight=weight, halves=halves)
     assert same_bits(unpack_weight(packed, *shape[-2:], halves), weight)
 
@@ -45,7 +51,14 @@ def test_layout(backend):
     """Written out once: output c and column k of panel p lie at [p, k // 2, 2 * c + k % 2], in float32 at
     [p, k // 2, 32 * (k % 2) + c]."""
     weight = torch.arange(1.0, 34 * 3 + 1).view(34, 3)
-    for dtype, place in ((torch.bfloat16, lambda c, k: 2 * c + k % 2), (torch.float32, lambda c, k: 32 * (k % 2) + c)):
+
+    def interleaved(c: int, k: int) -> int:
+        return 2 * c + k % 2
+
+    def apart(c: int, k: int) -> int:
+        return 32 * (k % 2) + c
+
+    for dtype, place in ((torch.bfloat16, interleaved), (torch.int8, interleaved), (torch.float32, apart)):
         packed = backend.op("pack_weight")(weight=weight.to(dtype), halves=1)
         assert packed.shape == (2, 2, 64)
         assert all(packed[n // 32, k // 2, place(n % 32, k)] == weight[n, k] for n in range(34) for k in range(3))
@@ -58,13 +71,13 @@ def test_copies_every_bit_pattern(backend, dtype):
     if dtype == torch.bfloat16:
         weight = torch.arange(-(2**15), 2**15).short().view(dtype).view(256, 256)
     else:
-        weight = torch.randint(-(2**31), 2**31, (256, 256)).int().view(dtype)
+        weight = torch.randint(-(2**31), 2**31, (256, 64 * dtype.itemsize)).int().view(dtype)
     assert same_bits(unpack_weight(backend.op("pack_weight")(weight=weight, halves=1), 256, 256), weight)
 
 
 @dtypes
 def test_threads_do_not_matter(backend, dtype):
-    weight = torch.randn(3, 320, 50).to(dtype)
+    weight = random(3, 320, 50, dtype=dtype)
     results = []
     for count in (1, 2):
         with threads(count):
@@ -73,7 +86,7 @@ def test_threads_do_not_matter(backend, dtype):
 
 
 def arguments(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | int]:
-    return {"weight": torch.randn(shape).to(dtype), "halves": 1}
+    return {"weight": random(*shape, dtype=dtype), "halves": 1}
 
 
 @each_malformed_tensor("pack_weight")
@@ -85,7 +98,7 @@ def test_malformed_tensor(backend, changes, message):
     {
         "vector": ({"weight": lambda t: t[0]}, r"weight must be \[N, K\], got \[6\]"),
         "rank4": ({"weight": lambda t: t[None, None]}, r"weight must be \[N, K\], got \[1, 1, 4, 6\]"),
-        "float64": ({"weight": Tensor.double}, "weight must be Float or BFloat16, got Double"),
+        "float64": ({"weight": Tensor.double}, "weight must be Float or BFloat16 or Char, got Double"),
         "transposed": ({"weight": Tensor.t}, "weight must be contiguous"),
         "halves0": ({"halves": 0}, "halves must be 1 or 2, got 0"),
         "halves3": ({"halves": 3}, "halves must be 1 or 2, got 3"),

@@ -25,7 +25,7 @@ constexpr int kTileRows = kWarpSize == 32 ? 8 : 16;
 // Place of (output c, k) in its pair.
 template <class T>
 __device__ constexpr int64_t in_pair(int64_t c, int64_t k) {
-  return sizeof(T) == 2 ? 2 * c + k % 2 : k % 2 * kPanel + c;
+  return sizeof(T) < 4 ? 2 * c + k % 2 : k % 2 * kPanel + c;
 }
 
 // Neighbouring panels of one matrix.
@@ -35,6 +35,33 @@ struct Panels {
   int64_t pairs;
   int64_t count;  // panels from here on give 0
 };
+
+// A lane's four outputs of a pair: as they come from memory, and as bfloat16.
+__device__ inline uint4 load_weights(const BFloat16* four) { return load_streamed(four); }
+__device__ inline uint2 load_weights(const Int8* four) { return *reinterpret_cast<const uint2*>(four); }
+
+__device__ inline uint4 as_bfloat16(const uint4& four) { return four; }
+
+// 2^23 + 128 + v has the byte v + 128 at its end and nothing above: the difference is v, which fits in 8 bits.
+__device__ inline uint32_t exact_bits(uint32_t byte) {
+  return std::bit_cast<uint32_t>(std::bit_cast<float>(0x4b000000u | (byte & 0xff) ^ 0x80) - 8388736.0f);
+}
+__device__ inline uint32_t pair_of_bfloat16(uint32_t bytes) {
+  return exact_bits(bytes) >> 16 | (exact_bits(bytes >> 8) & 0xffff0000u);
+}
+__device__ inline uint4 as_bfloat16(const uint2& four) {
+  return uint4{pair_of_bfloat16(four.x), pair_of_bfloat16(four.x >> 16), pair_of_bfloat16(four.y),
+               pair_of_bfloat16(four.y >> 16)};
+}
+
+// Four outputs from c on for one k of a pair.
+__device__ inline float4 load_outputs(const float* pair, int c, int64_t k) {
+  return *reinterpret_cast<const float4*>(pair + in_pair<float>(c, k));
+}
+__device__ inline float4 load_outputs(const Int8* pair, int c, int64_t k) {
+  const Int8* first = pair + in_pair<Int8>(c, k);
+  return float4{to_float(first[0]), to_float(first[2]), to_float(first[4]), to_float(first[6])};
+}
 
 // Values k .. k + 7 of a row; zeros from K on, and where there is no row. `aligned`: rows start at 16 bytes.
 __device__ inline uint4 load_eight(const BFloat16* row, int64_t k, int64_t K, bool aligned) {
@@ -71,11 +98,12 @@ __device__ bool is_whole(const Panels<T>& weights, int panels, int64_t K, bool a
 //   visit(f)              f(r, c, x0, x1, x2, x3): the sums themselves, of row(r) of the lane's kLaneRows rows and of
 //                         outputs c .. c + 3
 //   over_outputs(x, f)    f of the x of all lanes that have sums of the same rows; is_first is one of them
-template <class T, int kPanels, int kRows>
+// T: of x, and of the weights unless W says that these are int8.
+template <class T, int kPanels, int kRows, class W = T>
 struct PanelSums;
 
-template <int kPanels, int kRows>
-struct PanelSums<BFloat16, kPanels, kRows> {
+template <int kPanels, int kRows, class W>
+struct PanelSums<BFloat16, kPanels, kRows, W> {
   static_assert(kPanels % kWarpPanels == 0 && kRows % kTileRows == 0);
   static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / kTileRows;
   static constexpr int kInstructions = kWarpSize == 32 ? 2 : 4;  // for the four outputs of a load
@@ -85,13 +113,13 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   static constexpr int kStages = kTiles > 2 || kLoads > 1 ? 2 : kTiles > 1 ? 3 : 4;
 
   struct Weights {
-    uint4 pair[kLoads][4];
+    decltype(load_weights(static_cast<const W*>(nullptr))) pair[kLoads][4];
   };
 
   float sums[kLoads][kTiles][kInstructions][4] = {};
 
   template <class Row>
-  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
+  __device__ void add(const Panels<W>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
     if (is_whole(weights, kPanels, K, aligned))
       add<true>(weights, row, K, aligned, first, stride);
     else
@@ -99,7 +127,7 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   }
 
   template <bool kWhole, class Row>
-  __device__ void add(const Panels<BFloat16>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
+  __device__ void add(const Panels<W>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
     const BFloat16* rows[kTiles];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) rows[j] = row(j * kTileRows + row_of_lane());
@@ -182,9 +210,9 @@ struct PanelSums<BFloat16, kPanels, kRows> {
 
   __device__ static int64_t first_k(int step) { return 2 * (step * int64_t{kStepPairs} + quad() * 4); }
 
-  __device__ void add_whole(const Panels<BFloat16>& weights, const BFloat16* const (&rows)[kTiles], int steps,
-                            int first, int stride) {
-    const BFloat16* lane = weights.data + (panel() * weights.pairs + quad() * 4) * kPair + 8 * group();
+  __device__ void add_whole(const Panels<W>& weights, const BFloat16* const (&rows)[kTiles], int steps, int first,
+                            int stride) {
+    const W* lane = weights.data + (panel() * weights.pairs + quad() * 4) * kPair + 8 * group();
     Weights stages[kStages];
 #pragma unroll
     for (int i = 0; i < kStages; ++i)
@@ -202,8 +230,8 @@ struct PanelSums<BFloat16, kPanels, kRows> {
       }
   }
 
-  __device__ void add_any(const Panels<BFloat16>& weights, const BFloat16* const (&rows)[kTiles], int64_t K,
-                          bool aligned, int steps, int first, int stride) {
+  __device__ void add_any(const Panels<W>& weights, const BFloat16* const (&rows)[kTiles], int64_t K, bool aligned,
+                          int steps, int first, int stride) {
     Weights next = load(weights, first);
 #pragma unroll 1
     for (int step = first; step < steps; step += stride) {
@@ -214,26 +242,26 @@ struct PanelSums<BFloat16, kPanels, kRows> {
     }
   }
 
-  __device__ static Weights load_whole(const BFloat16* lane, int64_t pairs, int step) {
+  __device__ static Weights load_whole(const W* lane, int64_t pairs, int step) {
     Weights out;
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        out.pair[n][i] = load_streamed(lane + (n * kWarpPanels * pairs + step * int64_t{kStepPairs} + i) * kPair);
+        out.pair[n][i] = load_weights(lane + (n * kWarpPanels * pairs + step * int64_t{kStepPairs} + i) * kPair);
     return out;
   }
 
-  __device__ static Weights load(const Panels<BFloat16>& weights, int step) {
+  __device__ static Weights load(const Panels<W>& weights, int step) {
     Weights out;
 #pragma unroll
     for (int n = 0; n < kLoads; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t at = n * kWarpPanels + panel(), pair = step * int64_t{kStepPairs} + quad() * 4 + i;
-        out.pair[n][i] = uint4{0, 0, 0, 0};
+        out.pair[n][i] = {};
         if (at < weights.count && pair < weights.pairs)
-          out.pair[n][i] = load_streamed(weights.data + (at * weights.pairs + pair) * kPair + 8 * group());
+          out.pair[n][i] = load_weights(weights.data + (at * weights.pairs + pair) * kPair + 8 * group());
       }
     return out;
   }
@@ -242,8 +270,8 @@ struct PanelSums<BFloat16, kPanels, kRows> {
   __device__ void multiply(const Weights& w, const uint4& x, int j) {
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) {
-      multiply(w.pair[n][0], w.pair[n][1], x.x, x.y, n, j);
-      multiply(w.pair[n][2], w.pair[n][3], x.z, x.w, n, j);
+      multiply(as_bfloat16(w.pair[n][0]), as_bfloat16(w.pair[n][1]), x.x, x.y, n, j);
+      multiply(as_bfloat16(w.pair[n][2]), as_bfloat16(w.pair[n][3]), x.z, x.w, n, j);
     }
   }
   // Pairs p and q of load n; of 16 bytes of x the first or the last 8.
@@ -262,20 +290,20 @@ struct PanelSums<BFloat16, kPanels, kRows> {
 };
 
 // float32 is for tests and small models: plain multiply-adds.
-template <int kPanels, int kRows>
-struct PanelSums<float, kPanels, kRows> {
+template <int kPanels, int kRows, class W>
+struct PanelSums<float, kPanels, kRows, W> {
   static_assert(kPanels % kWarpPanels == 0 && kRows % 4 == 0);
   static constexpr int kLoads = kPanels / kWarpPanels, kTiles = kRows / 4;
 
   float4 sums[kLoads][kTiles] = {};
 
   template <class Row>
-  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
+  __device__ void add(const Panels<W>& weights, Row row, int64_t K, bool aligned, int first, int stride) {
     add<false>(weights, row, K, aligned, first, stride);
   }
 
   template <bool, class Row>
-  __device__ void add(const Panels<float>& weights, Row row, int64_t K, bool, int first, int stride) {
+  __device__ void add(const Panels<W>& weights, Row row, int64_t K, bool, int first, int stride) {
     const float* rows[kTiles];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) rows[j] = row(4 * j + row_of_lane());
@@ -284,8 +312,7 @@ struct PanelSums<float, kPanels, kRows> {
         for (int n = 0; n < kLoads; ++n) {
           const int64_t at = n * kWarpPanels + panel();
           if (at >= weights.count) continue;
-          const float4 w = *reinterpret_cast<const float4*>(weights.data + (at * weights.pairs + k / 2) * kPair +
-                                                            k % 2 * kPanel + 4 * group());
+          const float4 w = load_outputs(weights.data + (at * weights.pairs + k / 2) * kPair, 4 * group(), k);
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) add_scaled(sums[n][j], w, rows[j] ? rows[j][k] : 0);
         }
@@ -343,7 +370,7 @@ struct PanelSums<float, kPanels, kRows> {
 
 // The sums of all warps of a block, which take turns at the steps, kPart rows after the others where shared memory
 // cannot hold those of all rows. Shared: float [kWarps][kPart][32 kPanels].
-template <class T, int kPanels, int kRows, int kWarps, int kPart = kRows>
+template <class T, int kPanels, int kRows, int kWarps, int kPart = kRows, class W = T>
 struct BlockProduct {
   static constexpr int kOutputs = kPanels * kPanel;
   static constexpr int kFloats = kWarps * kPart * kOutputs;
@@ -354,10 +381,10 @@ struct BlockProduct {
   // `shared` is the caller's.
   // For a kernel that knows whether the product is_whole: around a loop over products, the choice inside it spilled.
   template <bool kWhole, class Row, class Part>
-  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned, Part part) const {
+  __device__ void multiply(const Panels<W>& weights, Row row, int64_t K, bool aligned, Part part) const {
     static_assert(kRows % kPart == 0);
     const int warp = threadIdx.x / kWarpSize;
-    PanelSums<T, kPanels, kRows> sums;
+    PanelSums<T, kPanels, kRows, W> sums;
     sums.template add<kWhole>(weights, row, K, aligned, warp, kWarps);
     float* own = shared + warp * kPart * kOutputs;
 #pragma unroll
@@ -372,7 +399,7 @@ struct BlockProduct {
   }
 
   template <class Row, class Part>
-  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned, Part part) const {
+  __device__ void multiply(const Panels<W>& weights, Row row, int64_t K, bool aligned, Part part) const {
     if (is_whole(weights, kPanels, K, aligned))
       multiply<true>(weights, row, K, aligned, part);
     else
@@ -380,7 +407,7 @@ struct BlockProduct {
   }
 
   template <class Row>
-  __device__ void multiply(const Panels<T>& weights, Row row, int64_t K, bool aligned) const {
+  __device__ void multiply(const Panels<W>& weights, Row row, int64_t K, bool aligned) const {
     static_assert(kPart == kRows, "sum() would know the last rows only");
     multiply(weights, row, K, aligned, [](int) {});
   }

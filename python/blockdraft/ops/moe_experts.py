@@ -10,21 +10,27 @@ def moe_experts(
     down_proj: Tensor,
     intermediate_size: int,
     skip_identity: bool = False,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """Each row through its expert: ``weight * down_proj[id] (silu(gate) * up)``, ``[gate; up] = gate_up_proj[id] x``.
 
     Rows are grouped by expert; each touched expert's weights are read once. A row with id E is skipped: it gives 0, or
     ``weight * x`` with skip_identity, and touches no weights. float32 sums; ``silu(gate) * up`` is rounded to the dtype
-    of x.
+    of x. A weight of int8 is its value times the scale of its row: exact in bfloat16, it meets x in registers, and the
+    sum is multiplied by the scale.
 
     Args:
         x: ``[T, H]``, float32 or bfloat16.
         topk_ids: ``[T]``, int32, in [0, E]; E is skip. On a GPU an id out of range gives a row of NaN.
         topk_weights: ``[T]``, float32.
-        gate_up_proj: ``pack_weight(.., halves=2)`` of ``[E, 2 * I, H]``, gate rows first, in the dtype of x.
-        down_proj: ``pack_weight`` of ``[E, H, I]`` in the dtype of x.
+        gate_up_proj: ``pack_weight(.., halves=2)`` of ``[E, 2 * I, H]``, gate rows first, in the dtype of x, or int8
+            from -127 to 127 (-128 may count as 0).
+        down_proj: ``pack_weight`` of ``[E, H, I]`` in the dtype of gate_up_proj.
         intermediate_size: I.
         skip_identity: What a skipped row gives.
+        gate_up_scales: ``[E, 2 * I]``, float32, with weights of int8, else None.
+        down_scales: ``[E, H]``, likewise.
 
     Returns:
         ``[T, H]`` in the dtype of x.
@@ -33,7 +39,15 @@ def moe_experts(
         RuntimeError: An argument has a wrong shape, dtype, layout or device, or (on the CPU) an id is out of range.
     """
     return torch.ops.blockdraft.moe_experts(
-        x, topk_ids, topk_weights, gate_up_proj, down_proj, intermediate_size, skip_identity
+        x,
+        topk_ids,
+        topk_weights,
+        gate_up_proj,
+        down_proj,
+        intermediate_size,
+        skip_identity,
+        gate_up_scales,
+        down_scales,
     )
 
 

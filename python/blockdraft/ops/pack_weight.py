@@ -6,11 +6,12 @@ def pack_weight(weight: Tensor, halves: int = 1) -> Tensor:
     """Reorders a weight matrix into the order in which the kernels stream it.
 
     Panels of 32 rows, two neighbouring columns at a time, ``[panels, ceil(K / 2), 64]``; the inner order is ``[32][2]``
-    in bfloat16 and ``[2][32]`` in float32. Missing rows and an odd last column are zeros. All devices have the same
-    layout, so packed tensors may move between them. It may change between versions: pack at load time, do not store.
+    in bfloat16 and int8, ``[2][32]`` in float32. Missing rows and an odd last column are zeros. All devices have the
+    same layout, so packed tensors may move between them. It may change between versions: pack at load time, do not
+    store.
 
     Args:
-        weight: ``[N, K]`` or ``[E, N, K]``, float32 or bfloat16.
+        weight: ``[N, K]`` or ``[E, N, K]``, float32, bfloat16 or int8.
         halves: 2 for two matrices stacked along N (gate above up) whose panels are to alternate, else 1.
 
     Returns:

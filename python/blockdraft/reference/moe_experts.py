@@ -13,16 +13,20 @@ def moe_experts(
     down_proj: Tensor,
     intermediate_size: int,
     skip_identity: bool = False,
+    gate_up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """`blockdraft.ops.moe_experts`, expert by expert; float32, or float64 for float64 arguments."""
     H, E = x.shape[1], gate_up_proj.shape[0]
     wide = topk_weights.dtype
     gate_up = unpack_weight(gate_up_proj, 2 * intermediate_size, H, halves=2)  # [E, 2 * I, H]
     down = unpack_weight(down_proj, H, intermediate_size)  # [E, H, I]
+    if gate_up_scales is None or down_scales is None:
+        gate_up_scales = down_scales = topk_weights.new_ones(E, 1)
     out = topk_weights[:, None] * x.to(wide) if skip_identity else torch.zeros_like(x, dtype=wide)
     for e in range(E):
         rows = topk_ids == e
-        gate, up = (x[rows].to(wide) @ gate_up[e].to(wide).T).chunk(2, -1)  # [rows, I]
+        gate, up = (x[rows].to(wide) @ gate_up[e].to(wide).T * gate_up_scales[e]).chunk(2, -1)  # [rows, I]
         hidden = (silu(gate) * up).to(x.dtype).to(wide)
-        out[rows] = topk_weights[rows, None] * (hidden @ down[e].to(wide).T)
+        out[rows] = topk_weights[rows, None] * (hidden @ down[e].to(wide).T * down_scales[e])
     return out.to(x.dtype)
