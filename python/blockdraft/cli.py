@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import blockdraft
-from blockdraft import bench, calibrate, demo, info, passk, roofline, sweep, trace, verify
+from blockdraft import bench, calibrate, demo, info, passk, quantize, roofline, sweep, trace, verify
 from blockdraft.errors import BlockdraftError
 from blockdraft.live import make_view
 
@@ -240,6 +240,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(command)
     passk.add_arguments(command)
     command.set_defaults(run=run_passk)
+
+    command = commands.add_parser("quantize", help="write a checkpoint with experts of one byte, and what that changes")
+    quantize.add_arguments(command)
+    command.set_defaults(run=quantize.main)
 
     command = commands.add_parser("verify", help="report whether blocks give what plain decoding gives, here")
     verify.add_arguments(command)

@@ -122,7 +122,8 @@ class CostTable:
         ms = []
         for n in rows:
             distinct = E * (1 - (1 - 1 / E) ** n)
-            bytes_ = itemsize * (c.num_hidden_layers * (layer + distinct * expert) + head)
+            bytes_ = float(itemsize * (c.num_hidden_layers * layer + head))
+            bytes_ += (1 if c.quantized_experts else itemsize) * c.num_hidden_layers * distinct * expert
             flops = 2 * n * (c.num_hidden_layers * (layer + expert) + head)
             ms.append(0.5 + 1e3 * max(bytes_ / 40e9, flops / 60e9))
         return cls(rows, tuple(ms))

@@ -138,6 +138,7 @@ class ModelCost:
         kv_width: Elements of keys and values per token and layer.
         query_width: Elements of a row's queries per layer.
         windows: Layers by the tokens that they see; 0 for all.
+        expert_element_bytes: 1 where the experts are int8.
     """
 
     layers: int
@@ -151,6 +152,7 @@ class ModelCost:
     kv_width: int
     query_width: int
     windows: dict[int, int]
+    expert_element_bytes: int = ELEMENT_BYTES
 
     @staticmethod
     def of(config: ZayaConfig) -> "ModelCost":
@@ -172,6 +174,7 @@ class ModelCost:
             kv_width=2 * kv_heads * width,
             query_width=queries,
             windows=dict(Counter(map(config.window, range(layers)))),
+            expert_element_bytes=1 if config.quantized_experts else ELEMENT_BYTES,
         )
 
     @property
@@ -195,7 +198,7 @@ class ModelCost:
             rows=batch * rows,
             head_rows=batch * head_rows,
             experts=experts,
-            expert_bytes=ELEMENT_BYTES * self.layers * experts * self.expert,
+            expert_bytes=self.expert_element_bytes * self.layers * experts * self.expert,
             dense_bytes=ELEMENT_BYTES * self.dense,
             head_bytes=ELEMENT_BYTES * self.embedding * head_reads,
             kv_bytes=ELEMENT_BYTES * batch * self.kv_width * seen,

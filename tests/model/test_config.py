@@ -8,6 +8,7 @@ import pytest
 
 from blockdraft.errors import ConfigError
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.config_styles import quantization_config
 
 # The released files, field for field; the list-style one after its description, no copy of it was at hand.
 NATIVE: dict[str, Any] = {
@@ -234,6 +235,7 @@ def test_mask_token_id_keys_in_order(first):
         {"rope_scaling": None},
         {"rope_scaling": {"rope_type": "default"}},
         {"quantization_config": None},
+        {"quantization_config": quantization_config()},
         {"kv_channels": 128},
         {"moe_router_topk": 1, "zaya_use_mod": True},
     ],
@@ -295,7 +297,7 @@ CHANGED_MATHEMATICS: dict[str, list[Any]] = {
     "cca_time1": [4],
     "hidden_act": ["gelu"],
     "activation_func": ["geglu"],
-    "quantization_config": [{"quant_method": "fp8"}],
+    "quantization_config": [{"quant_method": "fp8"}, quantization_config() | {"format": "pack-quantized"}, "int8", []],
     "model_type": ["llama", "zaya1_vl", 5],
     "architectures": [["LlamaForCausalLM"], [], "ZayaForCausalLM", 5],
     "rope_scaling": [True, {"rope_type": "yarn", "factor": 4.0}, "linear"],

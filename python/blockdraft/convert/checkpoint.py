@@ -14,6 +14,7 @@ from torch import Tensor
 from blockdraft.convert.adapter import adapted, add_adapters
 from blockdraft.errors import CheckpointError, ConfigError
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.config_styles import quantization_config
 from blockdraft.model.weights import SINGLE_FILE, Checkpoint, resolve_folder
 from blockdraft.reference.model import ZayaReference
 
@@ -58,6 +59,9 @@ def load(
     }
     changed = {key: value for key, value in changes.items() if value is not None}
     config = replace(ZayaConfig.from_folder(folder), **changed)  # type: ignore[arg-type]
+    if config.quantized_experts:
+        wanted = "none, for weights of one byte cannot be trained"
+        raise ConfigError(f"{folder}: quantization_config: wanted {wanted}, got {config.quantized_experts}")
     if config.draft_head != "shared":
         wanted = "'shared', the only one trained here"
         raise ConfigError(f"{folder}: draft_head: wanted {wanted}, got {config.draft_head!r}")
@@ -151,6 +155,8 @@ def config_dict(config: ZayaConfig, dtype: torch.dtype = torch.bfloat16) -> dict
     eos = list(config.eos_token_ids)
     if config.draft_head != "markov":
         del values["markov_rank"]
+    if values.pop("quantized_experts"):
+        values["quantization_config"] = quantization_config()
     return values | {
         "architectures": ["ZayaForCausalLM"],
         "model_type": "zaya",

@@ -52,6 +52,7 @@ class ZayaConfig:
             causal row for all masks of a group, or ``none``, nothing; a property of the training.
         draft_head: Output matrix of the drafts: ``shared``, the LM head; ``separate``, one of their own; ``markov``,
             that and a bias by the previous token, of rank markov_rank.
+        quantized_experts: None, or ``int8``: the experts have one byte a weight and a float32 scale for each row.
 
     Raises:
         ConfigError: A value has a wrong type, is out of range or contradicts another.
@@ -80,6 +81,7 @@ class ZayaConfig:
     mask_parent: str = "previous"
     draft_head: str = "shared"
     markov_rank: int = 64
+    quantized_experts: str | None = None
 
     def __post_init__(self) -> None:
         _check(vars(self), "ZayaConfig")
@@ -152,6 +154,8 @@ def _check(values: dict[str, Any], source: str) -> None:
         raise refusal(source, "mask_parent", "'previous' with draft_layout 'anchor_in_block'", values["mask_parent"])
     if values["draft_head"] not in DRAFT_HEADS:
         raise refusal(source, "draft_head", f"one of {', '.join(DRAFT_HEADS)}", values["draft_head"])
+    if values["quantized_experts"] not in (None, "int8"):
+        raise refusal(source, "quantized_experts", "None or 'int8'", values["quantized_experts"])
 
 
 def _check_integer(source: str, name: str, value: Any, low: int, high: int) -> None:

@@ -48,8 +48,16 @@ FIXED: dict[str, Any] = {
     "cca_time1": 2,
     "hidden_act": "silu",
     "activation_func": "swiglu",
-    "quantization_config": None,
 }
+# The only quantization_config there is, in the style of compressed-tensors: experts of int8, a scale for each row.
+QUANTIZED_WEIGHTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+}
+QUANTIZED_TARGETS = ["re:.*mlp\\.experts\\..*"]
 # ZAYA1's own: implied by the tensors, or about speed and precision.
 IGNORED_OF_ZAYA = """
     cca normalization add_bias_linear gated_linear_unit fused_add_norm apply_rope_fusion bias_activation_fusion
@@ -170,8 +178,30 @@ def _common(keys: Keys) -> dict[str, Any]:
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
         "pad_token_id": keys.get("pad_token_id"),
         "mask_token_id": mask[0] if mask else None,
+        "quantized_experts": _quantized_experts(keys),
     }
     return values | {key: keys.get(key) for key in DRAFT_KEYS if keys.present(key)}
+
+
+def quantization_config() -> dict[str, Any]:
+    """Of a model with experts of int8."""
+    group = {"targets": QUANTIZED_TARGETS, "weights": QUANTIZED_WEIGHTS, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def _quantized_experts(keys: Keys) -> str | None:
+    """None or "int8". Whatever else a file may say of quantization would give other weights."""
+    if keys.get("quantization_config") is None:
+        return None
+    if keys.get("quantization_config") != quantization_config():
+        raise keys.refused("quantization_config", "that of `blockdraft quantize --experts int8`, or null")
+    return "int8"
 
 
 def _native(keys: Keys) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from blockdraft import ops
 from blockdraft.cache import Transaction
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.layers import DecoderLayer, LayerCache, PackedLinear, Read, ResidualNorm
+from blockdraft.model.tensor_names import SCALES
 from blockdraft.model.weights import Checkpoint
 
 
@@ -56,7 +57,8 @@ class Decoder(nn.Module):
 
 def _reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Read:
     def read(name: str) -> Tensor:
-        keep = name.endswith("balancing_biases")  # float32 in every checkpoint
-        return checkpoint.read(name).to(device, torch.float32 if keep else dtype)
+        tensor = checkpoint.read(name)
+        keep = name.endswith(("balancing_biases", *SCALES)) or not tensor.is_floating_point()
+        return tensor.to(device, tensor.dtype if keep else dtype)
 
     return read

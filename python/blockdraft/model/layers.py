@@ -15,7 +15,7 @@ from blockdraft.model.config import ZayaConfig
 from blockdraft.steps import Step
 
 Read = Callable[[str], Tensor]
-"""A tensor of the checkpoint by its native name, in the model's dtype and on its device."""
+"""A tensor of the checkpoint by its native name, in the model's dtype (int8 as it is) and on its device."""
 
 
 class LayerCache(NamedTuple):
@@ -131,7 +131,7 @@ class MoE(nn.Module):
     def __init__(self, config: ZayaConfig, read: Read, layer: int, skip_identity: bool) -> None:
         super().__init__()
         prefix = f"model.layers.{layer}.mlp."
-        gate, mlp = prefix + "gate.", prefix + "gate.router_mlp."
+        gate, mlp, experts = prefix + "gate.", prefix + "gate.router_mlp.", prefix + "experts."
         self.down_proj = nn.Buffer(ops.pack_weight(read(gate + "down_proj.weight")))
         self.down_proj_bias = nn.Buffer(read(gate + "down_proj.bias").float())
         self.router_states_scale = nn.Buffer(read(gate + "router_states_scale").float()) if layer > 0 else None
@@ -142,8 +142,11 @@ class MoE(nn.Module):
         self.fc2_bias = nn.Buffer(read(mlp + "fc2.bias").float())
         self.out_proj = nn.Buffer(ops.pack_weight(read(mlp + "out_proj.weight")))
         self.balancing_biases = nn.Buffer(read(gate + "balancing_biases").float())
-        self.gate_up_proj = nn.Buffer(ops.pack_weight(read(prefix + "experts.gate_up_proj"), halves=2))
-        self.expert_down_proj = nn.Buffer(ops.pack_weight(read(prefix + "experts.down_proj")))
+        self.gate_up_proj = nn.Buffer(ops.pack_weight(read(experts + "gate_up_proj"), halves=2))
+        self.expert_down_proj = nn.Buffer(ops.pack_weight(read(experts + "down_proj")))
+        scaled = config.quantized_experts is not None
+        self.gate_up_scales = nn.Buffer(read(experts + "gate_up_proj_scale").squeeze(-1)) if scaled else None
+        self.expert_down_scales = nn.Buffer(read(experts + "down_proj_scale").squeeze(-1)) if scaled else None
         self.intermediate_size = config.moe_intermediate_size
         self.skip_identity = skip_identity
         self.eps = config.rms_norm_eps
@@ -172,6 +175,8 @@ class MoE(nn.Module):
             self.expert_down_proj,
             self.intermediate_size,
             self.skip_identity,
+            self.gate_up_scales,
+            self.expert_down_scales,
         )
         return out, router_states
 

@@ -10,6 +10,9 @@ RESIDUAL_SCALE = ("hidden_states_scale", "hidden_states_bias", "residual_scale",
 OUTPUT = "diffusion_output_layer.weight"
 MARKOV_IN, MARKOV_OUT = "diffusion_markov_head.w1", "diffusion_markov_head.w2"
 
+QUANTIZED = (".experts.gate_up_proj", ".experts.down_proj")
+SCALES = (".experts.gate_up_proj_scale", ".experts.down_proj_scale")
+
 # Native to older names, below a layer's prefix; attention is half-layer 2l, MoE is 2l + 1.
 LEGACY_ATTENTION = {
     "input_layernorm.": "input_norm.",
@@ -31,7 +34,12 @@ LEGACY_MOE = {
     "mlp.gate.router_mlp.out_proj.": "zaya_block.router.router_mlp.4.",
     "mlp.gate.": "zaya_block.router.",  # last: the four above begin with it
 }
-LEGACY_EXPERTS = {"mlp.experts.gate_up_proj": "linear_fc1", "mlp.experts.down_proj": "linear_fc2"}
+LEGACY_EXPERTS = {
+    "mlp.experts.gate_up_proj": "linear_fc1.weight",
+    "mlp.experts.down_proj": "linear_fc2.weight",
+    "mlp.experts.gate_up_proj_scale": "linear_fc1.weight_scale",
+    "mlp.experts.down_proj_scale": "linear_fc2.weight_scale",
+}
 
 
 def expected_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
@@ -95,8 +103,18 @@ def _moe_shapes(config: ZayaConfig, layer: int) -> dict[str, tuple[int, ...]]:
         "mlp.gate.balancing_biases": (E + 1,),
         "mlp.experts.gate_up_proj": (E, 2 * inner, H),
         "mlp.experts.down_proj": (E, H, inner),
+        **(_scale_shapes(E, H, inner) if config.quantized_experts else {}),
         **{f"post_mlp_residual_scale.{leaf}": (H,) for leaf in RESIDUAL_SCALE},
     }
+
+
+def _scale_shapes(E: int, H: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {"mlp.experts.gate_up_proj_scale": (E, 2 * inner, 1), "mlp.experts.down_proj_scale": (E, H, 1)}
+
+
+def is_quantized(name: str, config: ZayaConfig) -> bool:
+    """Whether a native tensor is stored in the bytes that the config names."""
+    return config.quantized_experts is not None and name.endswith(QUANTIZED)
 
 
 def legacy_names(name: str, config: ZayaConfig) -> tuple[str, ...]:
@@ -108,7 +126,7 @@ def legacy_names(name: str, config: ZayaConfig) -> tuple[str, ...]:
     layer, leaf = int(match[1]), match[2]
     if leaf in LEGACY_EXPERTS:
         experts = f"model.layers.{2 * layer + 1}.zaya_block.experts.local_experts"
-        return tuple(f"{experts}.{e}.{LEGACY_EXPERTS[leaf]}.weight" for e in range(config.num_experts))
+        return tuple(f"{experts}.{e}.{LEGACY_EXPERTS[leaf]}" for e in range(config.num_experts))
     if leaf.startswith("post_mlp_residual_scale."):
         # A half-layer merges the output of the one before it: this scale stands in the next layer's attention half.
         owner = f"layers.{2 * layer + 2}." if layer + 1 < config.num_hidden_layers else ""

@@ -21,11 +21,11 @@ from blockdraft.errors import CheckpointError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.files import PLAIN_NAME, UnusableFile, open_regular, read_into, read_json, shown
 from blockdraft.model.safetensors_header import MAX_HEADER_BYTES, NAME_RULE, TENSOR_NAME, StoredTensor, read_header
-from blockdraft.model.tensor_names import expected_shapes, legacy_names
+from blockdraft.model.tensor_names import SCALES, expected_shapes, is_quantized, legacy_names
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 # Tied, so not used even where a file has it.
 LM_HEAD = "lm_head.weight"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -84,6 +84,9 @@ class Checkpoint:
         """Bytes of all tensors as stored."""
         return sum(part.stored.nbytes for parts in self._parts.values() for part in parts)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._parts[name][0].stored.dtype]
+
     def read(self, name: str) -> Tensor:
         """Reads a tensor into new memory.
 
@@ -91,22 +94,23 @@ class Checkpoint:
             name: A native name.
 
         Returns:
-            The tensor in the dtype it is stored in; ``balancing_biases`` in float32.
+            The tensor in the dtype it is stored in; ``balancing_biases`` and the scales of int8 experts in float32.
 
         Raises:
-            CheckpointError: There is no such tensor, it holds NaN or infinity, or its file has changed since opening.
+            CheckpointError: There is no such tensor, it holds NaN or infinity (in int8: -128), or its file has changed
+                since opening.
         """
         if name not in self._parts or self._stack is None:
             reason = "not a tensor of this model" if self._stack else "the checkpoint is closed"
             raise CheckpointError(f"{self.folder}: {name}: {reason}")
         parts = self._parts[name]
         tensor = torch.empty(self._shapes[name], dtype=DTYPES[parts[0].stored.dtype], device="cpu")
-        rows = _bytes_of(tensor)
+        rows = bytes_of(tensor)
         for i, part in enumerate(parts):
             size = part.stored.nbytes
             _read_part(part, rows[i * size : (i + 1) * size])
         _check_finite(tensor, parts[0])
-        return tensor.float() if name.endswith("balancing_biases") else tensor
+        return tensor.float() if name.endswith(("balancing_biases", *SCALES)) else tensor
 
     def close(self) -> None:
         """Closes the files. Tensors that were read stay valid."""
@@ -216,6 +220,7 @@ def _match(
     }
     for name, shape in shapes.items():
         _check_parts(parts[name], shape[1:] if is_legacy and ".experts." in name else shape)
+        _check_dtype(parts[name][0], is_quantized(name, config))
     if LM_HEAD in stored:
         _check_parts([stored.pop(LM_HEAD)], shapes["model.embed_tokens.weight"])
     for part in stored.values():
@@ -242,7 +247,13 @@ def _check_parts(parts: list[Part], shape: tuple[int, ...]) -> None:
             raise CheckpointError(f"{where}: dtype {part.stored.dtype}, but {parts[0].stored.dtype} in expert 0")
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _check_dtype(part: Part, quantized: bool) -> None:
+    if (part.stored.dtype == "I8") != quantized:
+        wanted = "I8, because of quantization_config" if quantized else "F32, BF16 or F16"
+        raise CheckpointError(f"{part.shard.path}: {part.name}: dtype {part.stored.dtype}, wanted {wanted}")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, valid as long as the tensor lives."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
@@ -259,6 +270,8 @@ def _check_finite(tensor: Tensor, part: Part) -> None:
     low, high = tensor.aminmax()
     if not (low.isfinite() and high.isfinite()):
         raise CheckpointError(f"{part.shard.path}: {part.name}: holds NaN or infinity")
+    if tensor.dtype == torch.int8 and low == -128:  # symmetric; the kernels' tables end at 127
+        raise CheckpointError(f"{part.shard.path}: {part.name}: holds -128, wanted -127 to 127")
 
 
 def resolve_folder(path_or_hub_id: str | Path) -> Path:

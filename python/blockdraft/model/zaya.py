@@ -140,17 +140,19 @@ class ZayaForCausalLM:
         return out
 
     def _sequence_logits(self, tokens: list[int]) -> Tensor:
+        return torch.cat([self.decoder.lm_head(x, out_float32=True).cpu() for x in self.hidden_states(tokens)])
+
+    def hidden_states(self, tokens: list[int]) -> Iterator[Tensor]:
+        """What the LM head reads, teacher-forced: ``[n, H]`` of each chunk of a sequence, as in `logits`."""
         cache = self.new_cache(len(tokens), 1)
         sequence = cache.allocate(len(tokens))
-        parts = []
         for first in range(0, len(tokens), CHUNK):
             chunk = tokens[first : first + CHUNK]
             step = make_step([Block(first, sequence.slot, sequence.pages, chunk)], cache.page_size)
             transaction = cache.begin(step.to(self.device), [sequence])
-            parts.append(self.decoder.lm_head(self.decoder(transaction), out_float32=True).cpu())
+            yield self.decoder(transaction)
             last = torch.tensor([len(chunk) - 1], dtype=torch.int32, device=self.device)
             transaction.commit([len(chunk)], last)
-        return torch.cat(parts)
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raises RequestError unless there is a prompt, of ids in range, within the context."""
