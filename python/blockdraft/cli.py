@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=show_info)
 
-    command = commands.add_parser("bench", help="time each operator against its PyTorch reference")
+    command = commands.add_parser("bench", help="time operators, a layer or a model beside others")
     bench.add_arguments(command)
     command.set_defaults(run=run_bench)
 

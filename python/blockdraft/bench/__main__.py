@@ -6,7 +6,7 @@ import sys
 from blockdraft import bench
 from blockdraft.errors import BlockdraftError
 
-parser = argparse.ArgumentParser(prog="python -m blockdraft.bench", description="Times each operator beside PyTorch.")
+parser = argparse.ArgumentParser(prog="python -m blockdraft.bench", description="Times operators, a layer or a model.")
 bench.add_arguments(parser)
 try:
     sys.exit(bench.main(parser.parse_args()))

@@ -3,8 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from blockdraft import _host, ops
@@ -35,13 +35,26 @@ class Times:
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return Times(median * 1e3, (high - low) * 1e3, len(seconds))
 
+    def of_one(self, count: int) -> "Times":
+        """Of one of `count` equal parts."""
+        return Times(self.median_ms / count, self.iqr_ms / count, self.repeats)
+
 
 @dataclass(frozen=True)
 class Measured:
+    """What a case came to.
+
+    Attributes:
+        torch: Of PyTorch, or of the fastest of `others`; None where there was nothing to compare with.
+        match: None likewise.
+        others: All that ran beside ours, by name, where there may be several.
+    """
+
     ours: Times
-    torch: Times
-    match: Match
+    torch: Times | None
+    match: Match | None
     same_bits: bool
+    others: dict[str, Times] = field(default_factory=dict)
 
 
 def seconds_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
@@ -54,20 +67,29 @@ def seconds_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
         gc.enable()
 
 
-def time_both(case: Case, budget: Budget) -> tuple[Times, Times]:
-    """The operator and PyTorch by turns; who begins alternates, since the first call after a pause is slower."""
-    operator = getattr(ops, case.op)
-    ours: list[float] = []
-    theirs: list[float] = []
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Prepare = Callable[[int], Call]  # what a side does in a turn; made before any of them is timed
+
+
+def time_sides(sides: Sequence[Prepare], budget: Budget) -> list[Times]:
+    """All sides by turns; who begins moves on, since the first call after a pause is slower."""
+    seconds: list[list[float]] = [[] for _ in sides]
     deadline = time.perf_counter() + budget.seconds
-    while len(ours) < WARMUP + budget.most:
-        turn = len(ours)
+    for turn in range(WARMUP + budget.most):
         if turn >= WARMUP + budget.least and time.perf_counter() > deadline:
             break
-        calls = [(ours, operator, case.arguments(turn)), (theirs, case.pytorch, case.torch_arguments(turn))]
-        for times, call, arguments in calls if turn % 2 else calls[::-1]:
-            times.append(seconds_of(call, arguments))
-    return Times.of(ours[WARMUP:]), Times.of(theirs[WARMUP:])
+        calls = [prepare(turn) for prepare in sides]
+        for i in range(turn, turn + len(sides)):
+            seconds[i % len(sides)].append(seconds_of(*calls[i % len(sides)]))
+    return [Times.of(own[WARMUP:]) for own in seconds]
+
+
+def time_both(case: Case, budget: Budget) -> list[Times]:
+    """The operator and PyTorch."""
+    operator = getattr(ops, case.op)
+    return time_sides(
+        [lambda turn: (operator, case.arguments(turn)), lambda turn: (case.pytorch, case.torch_arguments(turn))], budget
+    )
 
 
 def measure(case: Case, budget: Budget) -> Measured:

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ HEADINGS = (
     *("op", "rows", "blockdraft ms", "IQR", "PyTorch ms", "PyTorch / blockdraft"),
     *("MB touched", "GB/s", "% of read limit", "match", "same bits", "note"),
 )
+OPERATORS, LAYER, MODEL = "operators", "layer", "model"
 LEGEND = """\
 ms: median of {repeats} measured calls; IQR: distance of their quartiles. The operators and PyTorch ran by turns on the
 same rows; weights (and cached keys) came from copies rotating over {cold_mb:.0f} MB. PyTorch has the same weights
@@ -43,6 +46,48 @@ MB touched: computed from the shapes, each byte once. GB/s: those bytes by the m
 {worst:.1f}); "-" where less than three quarters of the bytes come from memory rather than from a cache.
 match: measured error against the float64 reference within the tolerance of the dtype. same bits: the first row alone
 gives the bits that it gives beside the others. Without a GPU kernel and not measured: {without}."""
+
+LAYER_LEGEND = """\
+ms: of one layer in a stack of {layers}, median of {repeats} measured calls of the stack; IQR: distance of their
+quartiles. Both sides ran by turns on the same tokens, with the same weights and the same cached context; a call met
+weights again after at least {cold_mb:.0f} MB of others, else the rate is "-". transformers: the fastest of what the
+note names; embedding, masks, rotary angles and last norm are not in its time, embedding and last norm are in
+blockdraft's.
+uniform routing: the router tells tokens apart and the tokens choose their experts evenly; random routing: the router
+has random weights, too.
+MB touched: the weights that these rows read, those of the experts they chose and no others, and the cached keys and
+values, each byte once. GB/s: those bytes by the measured median. % of read limit: of {read_limit:.1f} GB/s, the best
+of {samples} measurements during this run (the worst: {worst:.1f}).
+match: a row's relative error against float32 within what its roundings may add up to, the worst row's; with random
+routing, where a rounding may choose another expert, the median row's. same bits: the first row alone gives the bits
+that it gives beside the others."""
+
+MODEL_LEGEND = """\
+ms: of a forward with the choice of its tokens, or of a generated token; median of {repeats} measured calls; IQR:
+distance of their quartiles. 1 row is a token of plain decoding, more are a block to be verified, whose tokens count as
+far as they are accepted. The sides ran {turns} on the same tokens, with the same weights and context. transformers:
+the fastest of what the note names, logits of all rows and their maxima.
+uniform routing: the router tells tokens apart and the tokens choose their experts evenly; random routing: the router
+has random weights, too; own routing: a checkpoint's, for random tokens.
+MB touched: the weights that these rows read, those of the experts they chose and no others, the LM head and the cached
+keys and values, each byte once. GB/s: those bytes by the measured median. % of read limit, which is the share of the
+floor: of {read_limit:.1f} GB/s, the best of {samples} measurements during this run (the worst: {worst:.1f}); "-" where
+the weights fit into the caches.
+match: a row's relative difference from transformers within what the roundings of both may add up to, the worst row's,
+or with other than uniform routing, where a rounding may choose another expert, the median row's; of generated tokens,
+what their logits lack to transformers' best. same bits: the first row alone gives the bits that it gives beside the
+others."""
+
+LEGENDS = {OPERATORS: LEGEND, LAYER: LAYER_LEGEND, MODEL: MODEL_LEGEND}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What stands beside a case's times; see `blockdraft.bench.subject.Case`."""
+
+    note: str
+    touched_bytes: int
+    cold_bytes: int
 
 
 class BenchError(BlockdraftError, ValueError):
@@ -95,12 +140,12 @@ def machine_line(facts: dict[str, Any]) -> str:
     )
 
 
-def result(label: str, case: Case, rows: int, measured: Measured) -> dict[str, Any]:
-    """JSON-ready. Everything but the bytes is measured or follows from what is."""
+def result(label: str, case: Case | Work, rows: int, measured: Measured) -> dict[str, Any]:
+    """JSON-ready. Everything but the bytes is measured or follows from what is; None: there was no other side."""
     ours, theirs, match = measured.ours, measured.torch, measured.match
 
-    def finite(value: float) -> float | None:  # JSON has no infinity
-        return value if math.isfinite(value) else None
+    def finite(value: float | None) -> float | None:  # JSON has no infinity
+        return value if value is not None and math.isfinite(value) else None
 
     return {
         "op": label,
@@ -109,17 +154,18 @@ def result(label: str, case: Case, rows: int, measured: Measured) -> dict[str, A
         "median_ms": ours.median_ms,
         "iqr_ms": ours.iqr_ms,
         "repeats": ours.repeats,
-        "torch_median_ms": theirs.median_ms,
-        "torch_iqr_ms": theirs.iqr_ms,
-        "ratio": theirs.median_ms / ours.median_ms,
+        "torch_median_ms": theirs and theirs.median_ms,
+        "torch_iqr_ms": theirs and theirs.iqr_ms,
+        "ratio": theirs and theirs.median_ms / ours.median_ms,
         "computed_touched_bytes": case.touched_bytes,
         "computed_cold_bytes": case.cold_bytes,
         "gb_s": case.touched_bytes / ours.median_ms * 1e-6,
-        "max_abs_error": finite(match.max_error),
-        "worst_error": finite(match.worst_error),
-        "worst_tolerance": finite(match.worst_tolerance),
-        "match": match.ok,
+        "max_abs_error": finite(match and match.max_error),
+        "worst_error": finite(match and match.worst_error),
+        "worst_tolerance": finite(match and match.worst_tolerance),
+        "match": match and match.ok,
         "same_bits": measured.same_bits,
+        **({"others": {name: asdict(times) for name, times in measured.others.items()}} if measured.others else {}),
     }
 
 
@@ -130,21 +176,36 @@ def percent_of_limit(row: dict[str, Any], read_limit: float) -> float | None:
 
 def cells(row: dict[str, Any], read_limit: float) -> tuple[str, ...]:
     percent = percent_of_limit(row, read_limit)
-    error = "not finite" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
     return (
         row["op"],
         str(row["rows"]),
         f"{row['median_ms']:.3f}",
         f"{row['iqr_ms']:.3f}",
-        f"{row['torch_median_ms']:.3f}",
-        f"{row['ratio']:.2f}",
+        number(row["torch_median_ms"], 3),
+        number(row["ratio"], 2),
         f"{row['computed_touched_bytes'] * 1e-6:.2f}",
         "-" if percent is None else f"{row['gb_s']:.1f}",
-        "-" if percent is None else f"{percent:.0f}",
-        "yes" if row["match"] else f"NO ({error})",
+        number(percent, 0),
+        match_cell(row),
         "yes" if row["same_bits"] else "NO",
         row["note"],
     )
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def match_cell(row: dict[str, Any]) -> str:
+    if row["match"] is None:
+        return "-"
+    error = "not finite" if row["max_abs_error"] is None else f"{row['max_abs_error']:.1e}"
+    return "yes" if row["match"] else f"NO ({error})"
+
+
+def headings(kind: str) -> tuple[str, ...]:
+    other = "PyTorch" if kind == OPERATORS else "transformers"
+    return tuple(heading.replace("PyTorch", other) for heading in HEADINGS)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -176,15 +237,18 @@ def render(report: dict[str, Any]) -> str:
     repeats = [row["repeats"] for row in rows] or [0]
     samples = report["read_samples_gb_s"]
     settings = report["settings"]
-    legend = (GPU_LEGEND if settings.get("device") == "cuda" else LEGEND).format(
+    kind = settings.get("kind", OPERATORS)
+    legend = (GPU_LEGEND if settings.get("device") == "cuda" else LEGENDS[kind]).format(
         repeats=f"{min(repeats)} to {max(repeats)}",
         cold_mb=settings["cold_mb"],
         read_limit=limit,
         samples=len(samples),
         worst=min(samples),
         without=", ".join(settings.get("without_gpu_kernel", [])) or "none",
+        layers=settings.get("layers"),
+        turns="by turns" if all(row.get("by_turns") for row in rows) else "one after the other",
     )
-    table = aligned([HEADINGS, *(cells(row, limit) for row in rows)])
+    table = aligned([headings(kind), *(cells(row, limit) for row in rows)])
     dtype = f"{settings['shapes_name']} shapes, {settings['dtype']}"
     return "\n".join([f"{machine_line(report['machine'])}; {dtype}", "", *table, "", disturbance(report) + legend])
 
@@ -195,8 +259,25 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 def load(path: Path) -> str:
     """The table of a file that `save` wrote."""
-    try:
+    with reading(path):
         return render(json.loads(path.read_text()))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Such a file, with what a comparison needs."""
+    with reading(path):
+        report: dict[str, Any] = json.loads(path.read_text())
+        for row in report["results"]:
+            row["op"], row["rows"], row["ratio"], row["repeats"], row["median_ms"], row["torch_median_ms"]
+        report["settings"].keys()
+        return report
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says what is wrong with a file."""
+    try:
+        yield
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
