@@ -25,6 +25,7 @@ LABELS = [
     "block_attention context 70",
     "moe_router",
     "moe_experts",
+    "moe_experts, int8",
     "lm_head_choose greedy",
     "lm_head_choose temperature 0.8",
     "choose_tokens greedy",
@@ -80,7 +81,7 @@ def test_all_operators_match(capsys, tmp_path, dtype):
 def test_renders_what_it_saved(capsys, tmp_path):
     path = tmp_path / "result.json"
     _, rows, printed = run(capsys, "--rows", "2", "--ops", "moe_experts,verify_tokens", "--json", str(path))
-    assert [row["op"] for row in rows] == ["moe_experts", "verify_tokens"]
+    assert [row["op"] for row in rows] == ["moe_experts", "moe_experts, int8", "verify_tokens"]
     assert list(rows[0]) == list(HEADINGS)
     assert rows[0]["note"] == "experts touched: 2 of 4"
     assert bench.main(parse("--render", str(path))) == 0
@@ -189,11 +190,17 @@ def test_copies_take_turns():
 
 
 def test_every_expert_is_met_before_one_returns():
-    (case,) = cases("moe_experts", 2)
-    assert isinstance(case, MoeExperts)
-    touched = [set(case.arguments(turn)[1].tolist()) for turn in range(3)]
-    assert touched[0] | touched[1] == {0, 1, 2, 3}
-    assert touched[2] == touched[0]
+    for case in cases("moe_experts", 2):
+        assert isinstance(case, MoeExperts)
+        touched = [set(case.arguments(turn)[1].tolist()) for turn in range(3)]
+        assert touched[0] | touched[1] == {0, 1, 2, 3}
+        assert touched[2] == touched[0]
+
+
+def test_int8_experts_have_half_of_the_bytes():
+    plain, int8 = cases("moe_experts", 2, torch.bfloat16)
+    assert int8.cold_bytes * 2 == plain.cold_bytes
+    assert int8.touched_bytes < plain.touched_bytes
 
 
 @pytest.mark.parametrize(("rows", "touched"), [(1, 1), (16, 10), (64, 16)])

@@ -8,5 +8,6 @@ import pytest
 
 @pytest.mark.parametrize("implementation", ["blockdraft", "torch"])
 @pytest.mark.parametrize("rows", [1, 16, 64])
-def test_moe_experts(measure, rows, implementation):
-    measure("moe_experts", rows, implementation)
+@pytest.mark.parametrize("label", ["moe_experts", "moe_experts, int8"])
+def test_moe_experts(measure, label, rows, implementation):
+    measure(label, rows, implementation)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blockdraft import ops, reference
 from blockdraft.bench.subject import Case, Copies, Setting, Subject, nbytes, spread
+from blockdraft.quantize import quantized
 
 
 class MoeExperts(Case):
@@ -16,9 +17,10 @@ class MoeExperts(Case):
     op = "moe_experts"
     inner_roundings = 1
 
-    def __init__(self, setting: Setting, packed: Copies, plain: Copies, rows: int) -> None:
+    def __init__(self, setting: Setting, packed: Copies, scales: tuple[Tensor, ...], plain: Copies, rows: int) -> None:
         s = setting.shapes
         self.packed, self.plain, self.experts, self.inner = packed, plain, s.experts, s.intermediate_size
+        self.scales = scales
         self.depth = s.hidden_size + s.intermediate_size
         self.x = setting.normal(rows, s.hidden_size)
         self.ids = uniform_ids(rows, s.experts)
@@ -27,12 +29,14 @@ class MoeExperts(Case):
         self.cold_bytes = packed.bytes // s.experts * self.touched
         self.touched_bytes = self.cold_bytes + 2 * nbytes(self.x)
         self.note = f"experts touched: {self.touched} of {s.experts}"
+        if scales:
+            self.note += f"; PyTorch with weights of {str(setting.dtype).removeprefix('torch.')}"
 
     def routing(self, turn: int) -> Tensor:
         return (self.ids + turn * self.touched) % self.experts
 
     def arguments(self, turn: int) -> tuple[Any, ...]:
-        return self.x, self.routing(turn), self.topk_weights, *self.packed[turn], self.inner
+        return self.x, self.routing(turn), self.topk_weights, *self.packed[turn], self.inner, False, *self.scales
 
     def torch_arguments(self, turn: int) -> tuple[Any, ...]:
         return self.x, self.routing(turn).long(), self.topk_weights, *self.plain[turn]
@@ -51,13 +55,15 @@ class MoeExperts(Case):
         return out * weights[:, None].to(x.dtype)
 
     def first(self) -> tuple[Any, ...]:
-        return self.x[:1], self.routing(0)[:1], self.topk_weights[:1], *self.packed[0], self.inner
+        return self.x[:1], self.routing(0)[:1], self.topk_weights[:1], *self.arguments(0)[3:]
 
     def pairs(self, outputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
         rows = spread(len(self.x), 8)
         experts, ids = self.routing(0)[rows].unique(return_inverse=True)
-        weights = (stack[experts.long()] for stack in self.packed[0])  # of these rows alone: the reference copies them
-        exact = reference.moe_experts(self.x[rows], ids, self.topk_weights[rows].double(), *weights, self.inner)
+        # Of these rows alone: the reference copies them.
+        weights, scales = ([stack[experts.long()] for stack in stacks] for stacks in (self.packed[0], self.scales))
+        own = self.x[rows], ids, self.topk_weights[rows].double()
+        exact = reference.moe_experts(*own, *weights, self.inner, False, *scales)
         return [(outputs[0][rows], exact)]
 
 
@@ -75,4 +81,9 @@ def subjects(setting: Setting) -> Iterator[Subject]:
     gate_up = setting.normal(E, 2 * inner, H, scale=H**-0.5)
     down = setting.normal(E, H, inner, scale=inner**-0.5)
     packed = setting.copies(ops.pack_weight(gate_up, halves=2), ops.pack_weight(down))
-    yield Subject("moe_experts", partial(MoeExperts, setting, packed, setting.copies(gate_up, down)))
+    yield Subject("moe_experts", partial(MoeExperts, setting, packed, (), setting.copies(gate_up, down)))
+    (up_values, up_scales), (down_values, down_scales) = quantized(gate_up), quantized(down)
+    packed = setting.copies(ops.pack_weight(up_values, halves=2), ops.pack_weight(down_values))
+    scales = up_scales.squeeze(-1), down_scales.squeeze(-1)
+    plain = setting.copies((up_values * up_scales).to(setting.dtype), (down_values * down_scales).to(setting.dtype))
+    yield Subject("moe_experts, int8", partial(MoeExperts, setting, packed, scales, plain))
