@@ -204,7 +204,7 @@ def test_bundled_model_generates(capsys, short_generation):
 @torch.inference_mode()
 def test_generated_tokens_that_are_not_the_best_do_not_match(short_generation):
     run = whole.ModelRun(
-        TINY, Path(blockdraft.bundled_model()), torch.bfloat16, (1,), 20, None, 1, Budget(0.01, 3), lambda: None
+        TINY, Path(blockdraft.bundled_model()), torch.bfloat16, (1,), 20, (), None, 1, Budget(0.01, 3), lambda: None
     )
     loader = whole.Loader(run)
     case = loader.cases()[-1]
@@ -357,6 +357,12 @@ def test_one_thing_at_a_time(capsys):
     with pytest.raises(SystemExit):
         parse("--layer", "--model")
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_one_routing_alone(capsys):
+    for option in ("--layer", "--model"):
+        _, rows, _ = run(capsys, option, "--rows", "1", "--routing", "random")
+        assert ["random routing" in row["op"] for row in rows] == [True]
 
 
 def test_default_rows():

@@ -18,6 +18,7 @@ import torch
 from blockdraft.bench import gpu, layer, report, whole
 from blockdraft.bench.gate import Gate
 from blockdraft.bench.measure import Budget, Measured, measure, read_bandwidth
+from blockdraft.bench.random_model import RANDOM, UNIFORM
 from blockdraft.bench.report import BenchError
 from blockdraft.bench.subject import TINY, ZAYA1_8B, Case, Setting, Subject
 from blockdraft.bench.subjects import SUBJECTS
@@ -25,6 +26,7 @@ from blockdraft.bench.subjects import SUBJECTS
 __all__ = ["BenchError", "add_arguments", "main"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ROUTINGS = {UNIFORM: (UNIFORM,), RANDOM: (RANDOM,), "both": (UNIFORM, RANDOM)}
 SHAPES = {"ZAYA1-8B": ZAYA1_8B, "tiny": TINY}
 DIFFERENT, SLOWER = 1, 3  # exit status where a result is wrong, where --base was faster
 MOST_ROWS = 4096
@@ -107,6 +109,7 @@ def add_larger(either: argparse._MutuallyExclusiveGroup, parser: argparse.Argume
     add = parser.add_argument
     add("--context", type=count(1 << 20), default=512, metavar="L", help="cached tokens; default: %(default)s")
     add("--layers", type=count(1024), metavar="N", help="of random weights; default: what cold weights take, or all")
+    add("--routing", choices=ROUTINGS, default="both", help="of random weights; default: %(default)s")
     add("--compile", action="store_true", help="with --layer, torch.compile of transformers' layers, too (minutes)")
 
 
@@ -176,13 +179,17 @@ def rows_of(args: argparse.Namespace) -> tuple[int, ...]:
 def layer_run(args: argparse.Namespace) -> layer.LayerRun:
     cold, budget = int(args.cold_mb * 1e6), budget_of(args)
     shapes, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
-    return layer.LayerRun(shapes, dtype, rows_of(args), args.context, args.layers, cold, args.compile, budget)
+    return layer.LayerRun(
+        shapes, dtype, rows_of(args), args.context, ROUTINGS[args.routing], args.layers, cold, args.compile, budget
+    )
 
 
 def model_run(args: argparse.Namespace, sample: Callable[[], None]) -> whole.ModelRun:
     shapes, dtype, folder = SHAPES[args.shapes], DTYPES[args.dtype], whole.folder_of(args.model)
     cold, budget = int(args.cold_mb * 1e6), budget_of(args)
-    return whole.ModelRun(shapes, folder, dtype, rows_of(args), args.context, args.layers, cold, budget, sample)
+    return whole.ModelRun(
+        shapes, folder, dtype, rows_of(args), args.context, ROUTINGS[args.routing], args.layers, cold, budget, sample
+    )
 
 
 def collect(args: argparse.Namespace, gate: Gate | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blockdraft.bench import report
 from blockdraft.bench.measure import Budget, Measured, Prepare, Times, time_sides
 from blockdraft.bench.memory import check_memory
-from blockdraft.bench.random_model import RANDOM, UNIFORM, RandomWeights, config_of, leaf_of
+from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of, leaf_of
 from blockdraft.bench.sides import COMPILED, EXPERTS, Ours, Theirs, has_transformers, their_random_model
 from blockdraft.bench.subject import UNIT, Match, Shapes
 from blockdraft.bench.subjects.moe_experts import uniform_ids
@@ -42,6 +42,7 @@ class LayerRun:
     dtype: torch.dtype
     rows: tuple[int, ...]
     context: int
+    routings: tuple[str, ...]
     layers: int | None
     cold_bytes: int
     compiled: bool
@@ -161,7 +162,7 @@ def touched_bytes(decoder: Decoder, experts: Sequence[int], context: int) -> int
 
 def measure_all(run: LayerRun) -> Iterator[tuple[str, int, Callable[[], dict[str, Any]]]]:
     stack = Stack(run)
-    for routing in (UNIFORM, RANDOM):
+    for routing in run.routings:
         stack.route(RandomWeights(stack.config, run.dtype, routing))
         for rows in run.rows:
             label = f"layer, context {run.context}, {routing} routing"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from blockdraft.bench import layer, report
 from blockdraft.bench.measure import Budget, Call, Measured, Times, time_sides
 from blockdraft.bench.memory import check_memory, fits
-from blockdraft.bench.random_model import RANDOM, UNIFORM, RandomWeights, config_of
+from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of
 from blockdraft.bench.sides import EXPERTS, Ours, Theirs, has_transformers, their_model, their_random_model
 from blockdraft.bench.subject import Match, Shapes
 from blockdraft.model.config import ZayaConfig
@@ -46,6 +46,7 @@ class ModelRun:
     dtype: torch.dtype
     rows: tuple[int, ...]
     context: int
+    routings: tuple[str, ...]
     layers: int | None
     cold_bytes: int
     budget: Budget
@@ -239,7 +240,7 @@ class Loader:
     def cases(self) -> list["StepCase | GenerateCase"]:
         """In an order in which routers change once."""
         run, config = self.run, self.config
-        routings = (OWN,) if run.folder else (UNIFORM, RANDOM)
+        routings = (OWN,) if run.folder else run.routings
         cases: list[StepCase | GenerateCase] = [
             StepCase(run, config, rows, routing, self.tokens(rows, routing))
             for routing in routings
