@@ -97,7 +97,7 @@ class Transaction:
 
     def __init__(self, cache: Cache, step: Step, sequences: Sequences[CachedSequence]) -> None:
         self.cache, self.step, self.sequences = cache, step, sequences
-        self.projections: list[Tensor] = []  # [T, C + Hkv * D] of each layer: the inputs of the convolutions
+        self.projections: Tensor | None = None  # [L, T, C + Hkv * D]: the inputs of the convolutions
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.k_pages[layer], self.cache.v_pages[layer]
@@ -107,15 +107,18 @@ class Transaction:
 
     def commit(self, committed: list[int], commit_rows: Tensor) -> None:
         """Moves sequence b forward by ``committed[b]`` rows, the last of which is ``commit_rows[b]``."""
-        cache, step = self.cache, self.step
-        qkv = torch.stack(self.projections)
-        ops.commit_states(
-            qkv, step.row_parents, commit_rows, step.state_slots, cache.conv_states, cache.recurrent_states
-        )
+        self.commit_states(commit_rows)
         for sequence, count in zip(self.sequences, committed, strict=True):
             sequence.length += count
-        self.projections.clear()
+
+    def commit_states(self, commit_rows: Tensor) -> None:
+        """The device's part of `commit`."""
+        cache, step = self.cache, self.step
+        ops.commit_states(
+            self.projections, step.row_parents, commit_rows, step.state_slots, cache.conv_states, cache.recurrent_states
+        )
+        self.projections = None
 
     def rollback(self) -> None:
         """Leaves every sequence as it was before the step."""
-        self.projections.clear()
+        self.projections = None

@@ -98,6 +98,11 @@ def decide(heads: "Heads", hidden_states: Tensor, asks: list[Ask]) -> list[Decid
     return results
 
 
+def needs_no_logits(heads: "Heads", ask: Ask) -> bool:
+    """Whether the ask's rows are decided by `ops.lm_head_choose` on hidden states as they are."""
+    return ask.params.mix == 0 and not _goes_by_logits(heads, ask)
+
+
 def _goes_by_logits(heads: "Heads", ask: Ask) -> bool:
     separate = heads.is_separate and (ask.drafting or ask.mixes)
     return ask.needs_logits or separate

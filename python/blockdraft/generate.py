@@ -17,8 +17,9 @@ of a position does not depend on the step.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from blockdraft import ops
 from blockdraft.cache import Cache
-from blockdraft.decide import Ask, Decided, decide, measure_mixing
+from blockdraft.decide import Ask, Decided, columns_of, decide, measure_mixing, needs_no_logits
 from blockdraft.errors import ConfigError, RequestError
 from blockdraft.outputs import GenerationOutput, StreamEvent
 from blockdraft.processors import Processors
+from blockdraft.runner import Inputs
 from blockdraft.sample import Part, Sample
 from blockdraft.sampler import SamplingParams
 from blockdraft.schedule import Scheduler
@@ -37,6 +39,9 @@ from blockdraft.steps import AR, DRAFT, PREFILL, VERIFY, Step, make_step
 
 if TYPE_CHECKING:
     from blockdraft.model.zaya import ZayaForCausalLM
+
+# Hidden states of a step; what was decided for each part, drafts under True; drafts accepted and rows committed.
+Ran = tuple[Tensor, list[dict[bool, Decided]], list[int], list[int]]
 
 
 class Engine:
@@ -121,22 +126,29 @@ class Engine:
     def _loop(self, waiting: deque[Sample]) -> Iterator[StreamEvent]:
         slots = min(self.model.max_batch_size, len(waiting))
         tokens = min(self.model.kv_cache_tokens, sum(self._room(s) for s in waiting))
-        cache = self.model.new_cache(tokens, slots) if waiting else None
+        if not waiting:
+            return
+        cache = self.model.runner.open(tokens, slots)
         active: list[Sample] = []
-        while waiting or active:
-            while waiting and cache.can_allocate(self._room(waiting[0])):
-                sample = waiting.popleft()
-                sample.cached = cache.allocate(self._room(sample))
-                active.append(sample)
-                self.scheduler.new_batch()
-            yield from self._step(cache, active)
-            for sample in [s for s in active if s.finish_reason]:
+        try:
+            while waiting or active:
+                while waiting and len(active) < slots and cache.can_allocate(self._room(waiting[0])):
+                    sample = waiting.popleft()
+                    sample.cached = cache.allocate(self._room(sample))
+                    active.append(sample)
+                    self.scheduler.new_batch()
+                yield from self._step(cache, active)
+                for sample in [s for s in active if s.finish_reason]:
+                    cache.release(sample.cached)
+                    active.remove(sample)
+        finally:  # also where the caller wants no more events
+            for sample in active:
                 cache.release(sample.cached)
-                active.remove(sample)
+            self.model.runner.close(cache)
 
     # The forward and what it decides
 
-    def _asks(self, part: Part, hidden_states: Tensor) -> list[Ask]:
+    def _asks(self, part: Part) -> list[Ask]:
         """The rows after which a token is decided, and draft rows that are needed whatever is decided."""
         asks = []
         if part.forced < part.causal:
@@ -144,9 +156,7 @@ class Engine:
             position = part.block.length + part.forced + 1
             states = part.sample.draft_states
             states = states[: len(part.drafts)] if states is not None and part.drafts else None
-            ask = Ask(part.sample, rows, position, part.drafts, states)
-            ask.partners = self._partners(part, ask, hidden_states)
-            asks.append(ask)
+            asks.append(Ask(part.sample, rows, position, part.drafts, states))
         if self._drafts_at_once(part):
             asks.append(self._draft_ask(part, part.causal))
         return asks
@@ -170,25 +180,21 @@ class Engine:
         rows, position = part.draft_rows(committed)
         return Ask(part.sample, rows, position, drafting=True)
 
-    def _limit(self, part: Part, decided: Decided | None) -> int:
+    def _limit(self, part: Part, decided: int | None) -> int:
+        """Rows to commit at most, where so many tokens are decided; None: it is known what follows them."""
         if decided is None or part.kind == PREFILL:
             return part.causal
-        return min(len(decided.tokens), self.scheduler.left(part.sample))
+        return min(decided, self.scheduler.left(part.sample))
 
     @torch.inference_mode()
     def _step(self, cache: Cache, active: list[Sample]) -> list[StreamEvent]:
         started = time.perf_counter()
         parts = self.scheduler.parts(active)
         step = make_step([part.block for part in parts], cache.page_size, self.config.mask_parent)
-        step = step.to(self.model.device)
-        transaction = cache.begin(step, [part.sample.cached for part in parts])
-        hidden_states = self.model.decoder(transaction)
-
-        asks = [self._asks(part, hidden_states) for part in parts]
-        flat = iter(decide(self.model.heads, hidden_states, [ask for own in asks for ask in own]))
-        decided = [{ask.drafting: next(flat) for ask in own} for own in asks]
-        accepted, committed, commit_rows = self._verify(step, parts, decided)
-        transaction.commit(committed, commit_rows)
+        asks = [self._asks(part) for part in parts]
+        on_device = all(needs_no_logits(self.model.heads, ask) for own in asks for ask in own)
+        run = self._run_on_device if on_device else self._run
+        hidden_states, decided, accepted, committed = run(cache, step, parts, asks)
 
         texts = [
             self._take(part, asks[i], decided[i].get(False), accepted[i], committed[i], hidden_states)
@@ -201,6 +207,35 @@ class Engine:
             self._event(part, text, new, a, started, seconds) for part, (text, new, a) in zip(parts, texts, strict=True)
         ]
 
+    def _run_on_device(self, cache: Cache, step: Step, parts: list[Part], asks: list[list[Ask]]) -> Ran:
+        """Forward, choice, verification and commit, of which the host sees the end only."""
+        flat = [ask for own in asks for ask in own]
+        rows = [row for ask in flat for row in ask.rows]
+        tests = [not ask.drafting for ask in flat for _ in ask.rows]
+        verified = [(row, head) for head, (row, test) in enumerate(zip(rows, tests, strict=True)) if test]
+        counts = [{ask.drafting: len(ask.rows) for ask in own} for own in asks]
+        limits = [self._limit(part, own.get(False)) for part, own in zip(parts, counts, strict=True)]
+        lengths = [part.causal for part in parts]
+        inputs = Inputs.of(step, rows, columns_of(flat, torch.device("cpu")), verified, lengths, limits)
+        hidden_states, tokens, logprobs, accepted, committed = self.model.runner.decode(cache, inputs)
+        for part, count in zip(parts, committed, strict=True):
+            part.sample.cached.length += count
+        chosen = iter(zip(tokens, logprobs, strict=True))
+        decided = [{ask.drafting: _decided(islice(chosen, len(ask.rows))) for ask in own} for own in asks]
+        return hidden_states, decided, accepted, committed
+
+    def _run(self, cache: Cache, step: Step, parts: list[Part], asks: list[list[Ask]]) -> Ran:
+        """The forward, and a choice that looks at logits or mixes hidden states."""
+        hidden_states, transaction = self.model.runner.forward(cache, step, [part.sample.cached for part in parts])
+        for part, own in zip(parts, asks, strict=True):
+            for ask in own:
+                ask.partners = [] if ask.drafting else self._partners(part, ask, hidden_states)
+        flat = iter(decide(self.model.heads, hidden_states, [ask for own in asks for ask in own]))
+        decided = [{ask.drafting: next(flat) for ask in own} for own in asks]
+        accepted, committed, commit_rows = self._verify(transaction.step, parts, decided)
+        transaction.commit(committed, commit_rows)
+        return hidden_states, decided, accepted, committed
+
     def _verify(
         self, step: Step, parts: list[Part], decided: list[dict[bool, Decided]]
     ) -> tuple[list[int], list[int], Tensor]:
@@ -211,7 +246,8 @@ class Engine:
                 chosen[first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         device = step.token_ids.device
         lengths = torch.tensor([part.causal for part in parts], dtype=torch.int32, device=device)
-        room = [self._limit(part, own.get(False)) for part, own in zip(parts, decided, strict=True)]
+        counts = [len(own[False].tokens) if False in own else None for own in decided]
+        room = [self._limit(part, count) for part, count in zip(parts, counts, strict=True)]
         limits = torch.tensor(room, dtype=torch.int32, device=device)
         accepted, committed, commit_rows, _ = ops.verify_tokens(
             step.token_ids, chosen.to(device), step.cu_rows, lengths, limits
@@ -378,3 +414,11 @@ class Engine:
             drawn_logprobs=sample.decided.drawn if reported else None,
             top_logprobs=sample.decided.top if reported else None,
         )
+
+
+def _decided(chosen: Iterable[tuple[int, float]]) -> Decided:
+    tokens, logprobs = [], []
+    for token, logprob in chosen:
+        tokens.append(token)
+        logprobs.append(logprob)
+    return Decided(tokens, logprobs)

@@ -8,6 +8,7 @@ else about a step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ class Step:
     page_table: Tensor  # [B, M]
     state_slots: Tensor  # [B]
 
-    def to(self, device: torch.device) -> "Step":
-        return Step(*(getattr(self, f.name).to(device) for f in fields(self)))
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 class Rows:

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM
+from blockdraft.runner import EagerRunner, GraphRunner
 from conftest import BACKENDS, load_backend, marked
 from generation.conftest import DTYPES
+from generation.recording import use_graphs
 
 GENERATOR = torch.Generator().manual_seed(11)
 PROMPTS = [torch.randint(5, 95, (n,), generator=GENERATOR).tolist() for n in (19, 1, 7)]
@@ -25,6 +27,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def load(folder: Path, dtype: str, device: str) -> ZayaForCausalLM:
     return ZayaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], device=device, progress=False)
+
+
+def graphs_of(model: ZayaForCausalLM) -> GraphRunner:
+    """The model's own, or on the CPU a stand-in's."""
+    return model.runner if isinstance(model.runner, GraphRunner) else use_graphs(model)
 
 
 def tokens(model: ZayaForCausalLM, params: list[SamplingParams]) -> list[list[int]]:
@@ -67,3 +74,18 @@ def test_rejection_runs_and_is_greedy_where_asked(device, tiny_folder, dtype):
     plain = tokens(model, [SamplingParams(sampler="ar", temperature=0.0, max_tokens=8)] * 3)
     assert [ours[0], ours[2]] == [plain[0], plain[2]]
     assert len(ours[1]) == 8 or ours[1][-1] == 95
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_graphs_give_the_tokens_of_steps_as_they_come(device, tiny_folder, dtype):
+    """Twice, so that shapes come again; padding goes through the kernels as well."""
+    model = load(tiny_folder, dtype, device)
+    ways = [{"sampler": "ar"}, {"groups": 1, "block_length": 6}, {"groups": 0, "block_length": 4, "logprobs": 0}]
+    params = [SamplingParams(max_tokens=7, temperature=5.0, seed=i, **way) for i, way in enumerate(ways)]
+    others = [params[0], params[1], params[0]]
+    graphs = graphs_of(model)
+    model.runner = EagerRunner(model)
+    plain = tokens(model, params), tokens(model, others)
+    model.runner = graphs
+    assert (tokens(model, params), tokens(model, others)) == plain
+    assert any(graph.captured for graph in graphs.graphs.values())

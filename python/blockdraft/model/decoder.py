@@ -47,11 +47,12 @@ class Decoder(nn.Module):
         step, lm_head = transaction.step, self.lm_head
         embedded = ops.packed_embedding(step.token_ids, lm_head.weight, lm_head.out_features, lm_head.in_features)
         x, residual = self.input(embedded, None)
-        router_states = None
+        router_states, projections = None, []
         for i, layer in enumerate(self.layers):
             cache = LayerCache(*transaction.pages(i), *transaction.states(i))
             x, residual, router_states, qkv = layer(x, residual, router_states, step, cache)
-            transaction.projections.append(qkv)
+            projections.append(qkv)
+        transaction.projections = torch.stack(projections)
         return x
 
 

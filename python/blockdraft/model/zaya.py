@@ -18,6 +18,7 @@ from blockdraft.model.heads import Heads
 from blockdraft.model.weights import Checkpoint, resolve_folder
 from blockdraft.outputs import GenerationOutput, StreamEvent
 from blockdraft.plan import CostTable, Planner
+from blockdraft.runner import CudaCapture, EagerRunner, GraphRunner
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import Block, make_step
 
@@ -38,6 +39,7 @@ class ZayaForCausalLM:
         dtype, device: Of weights, activations and cache.
         heads: The LM head, and the drafts' own where the checkpoint has one.
         planner: Decides for requests that leave `SamplingParams.groups` open; learns from every request.
+        runner: Runs the steps of `generate` and `stream`, on a GPU as graphs (`blockdraft.runner`).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ZayaForCausalLM:
         max_batch_size: int | None = None,
         heads: Heads | None = None,
         costs: CostTable | None = None,
+        gpu_graphs: bool = True,
     ) -> None:
         self.config, self.decoder, self.tokenizer = config, decoder, tokenizer
         self.heads = heads or Heads(decoder.lm_head)
@@ -58,6 +61,8 @@ class ZayaForCausalLM:
         self.max_batch_size = max_batch_size or 16
         self.kv_cache_tokens = kv_cache_tokens or self._default_cache_tokens()
         self.planner = Planner(costs or CostTable.load(config, dtype, device), config.block_length)
+        graphs = gpu_graphs and device.type == "cuda"
+        self.runner = GraphRunner(self, CudaCapture(device)) if graphs else EagerRunner(self)
 
     @classmethod
     def from_pretrained(
@@ -71,6 +76,7 @@ class ZayaForCausalLM:
         kv_cache_tokens: int | None = None,
         max_batch_size: int | None = None,
         progress: bool = True,
+        gpu_graphs: bool = True,
     ) -> "ZayaForCausalLM":
         """Loads a checkpoint in the native 40-layer or the legacy 80-half-layer layout, single or sharded safetensors.
 
@@ -85,6 +91,7 @@ class ZayaForCausalLM:
                 8192 tokens (or the model's, where shorter).
             max_batch_size: Sequences decoded together, default 16; more are queued.
             progress: Show a progress bar while loading.
+            gpu_graphs: On a GPU, run steps as graphs; they are captured when a shape of step comes again.
 
         Raises:
             ConfigError: config.json does not describe a model that can be run, or an argument here does not.
@@ -100,7 +107,7 @@ class ZayaForCausalLM:
             decoder = Decoder(config, checkpoint, dtype, device, skip_expert == "identity", progress)
             heads = Heads.read(config, checkpoint, decoder.lm_head, dtype, device)
         tokenizer, costs = _load_tokenizer(folder), CostTable.load(config, dtype, device, folder)
-        return cls(config, decoder, tokenizer, dtype, device, kv_cache_tokens, max_batch_size, heads, costs)
+        return cls(config, decoder, tokenizer, dtype, device, kv_cache_tokens, max_batch_size, heads, costs, gpu_graphs)
 
     def _default_cache_tokens(self) -> int:
         least = min(self.config.max_position_embeddings, 8192)
