@@ -204,7 +204,17 @@ def test_bundled_model_generates(capsys, short_generation):
 @torch.inference_mode()
 def test_generated_tokens_that_are_not_the_best_do_not_match(short_generation):
     run = whole.ModelRun(
-        TINY, Path(blockdraft.bundled_model()), torch.bfloat16, (1,), 20, (), None, 1, Budget(0.01, 3), lambda: None
+        TINY,
+        Path(blockdraft.bundled_model()),
+        torch.bfloat16,
+        (1,),
+        20,
+        (),
+        None,
+        1,
+        False,
+        Budget(0.01, 3),
+        lambda: None,
     )
     loader = whole.Loader(run)
     case = loader.cases()[-1]
@@ -230,8 +240,9 @@ def test_too_little_memory_is_said_before(monkeypatch, arguments):
     [
         (["--layer", "--ops", "cca_mix"], "--layer: has no operators to choose, got --ops cca_mix"),
         (["--compile"], "--compile: .* wants --layer"),
-        (["--layers", "2"], "--layers: wants --layer or --model 8b"),
-        (["--model", "nano", "--layers", "2"], "--layers: wants --layer or --model 8b"),
+        (["--layers", "2"], "--layers: .* wants --layer or --model 8b"),
+        (["--model", "nano", "--layers", "2"], "--layers: .* wants --layer or --model 8b"),
+        (["--model", "nano", "--int8"], "--int8: .* wants --layer or --model 8b"),
         (["--model", "nano", "--context", "5000"], "--context: .* at most 2032 .* got 5000"),
         (["--model", "nano", "--rows", "1,2000", "--context", "100"], "--context: .* at most 48 .* got 100"),
     ],
@@ -357,6 +368,44 @@ def test_one_thing_at_a_time(capsys):
     with pytest.raises(SystemExit):
         parse("--layer", "--model")
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "layers"), [("--layer", 1), ("--model", 2)])
+def test_experts_of_int8_match_and_read_less(capsys, tmp_path, option, layers):
+    touched = []
+    for int8 in ([], ["--int8"]):
+        path = tmp_path / "result.json"
+        options = ["--rows", "16", "--layers", "2", "--routing", "uniform", "--json", str(path)]
+        status, rows, _ = run(capsys, option, *options, *int8)
+        assert status == 0
+        assert rows[0]["match"] == rows[0]["same bits"] == "yes"
+        assert ("int8 experts" in rows[0]["op"]) == bool(int8)
+        touched.append(json.loads(path.read_text())["results"][0]["computed_touched_bytes"])
+    saved = layers * 4 * 3 * 64 * 48  # experts, matrices
+    scales = layers * 4 * (2 * 48 + 64) * 4
+    assert touched[0] - touched[1] == pytest.approx(saved - scales, rel=0.25)  # panels are padded
+
+
+def test_int8_weights_are_the_same_values():
+    config = config_of(TINY, 2, 200, "int8")
+    weights = RandomWeights(config, torch.bfloat16)
+    wide = weights.widened()
+    for name in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{name}"
+        values, scales = weights.read(name), weights.read(name + "_scale")
+        assert (values.dtype, scales.dtype, wide.read(name).dtype) == (torch.int8, torch.float32, torch.bfloat16)
+        assert torch.equal(wide.read(name).float(), values * scales)
+        assert 0.5 < wide.read(name).float().std() * values.shape[-1] ** 0.5 < 2
+
+
+def test_folder_with_experts_of_int8_stands_alone(capsys, short_generation, tmp_path):
+    from blockdraft.quantize import quantize
+
+    quantize(Path(blockdraft.bundled_model()), tmp_path / "nano8")
+    status, rows, _ = run(capsys, "--model", str(tmp_path / "nano8"), "--rows", "1")
+    assert status == 0
+    assert rows[0]["transformers ms"] == "-"
+    assert rows[0]["note"].endswith("transformers does not load experts of int8")
 
 
 def test_one_routing_alone(capsys):

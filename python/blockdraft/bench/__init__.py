@@ -110,6 +110,7 @@ def add_larger(either: argparse._MutuallyExclusiveGroup, parser: argparse.Argume
     add("--context", type=count(1 << 20), default=512, metavar="L", help="cached tokens; default: %(default)s")
     add("--layers", type=count(1024), metavar="N", help="of random weights; default: what cold weights take, or all")
     add("--routing", choices=ROUTINGS, default="both", help="of random weights; default: %(default)s")
+    add("--int8", action="store_true", help="with random weights, our experts of one byte a weight")
     add("--compile", action="store_true", help="with --layer, torch.compile of transformers' layers, too (minutes)")
 
 
@@ -152,8 +153,9 @@ def check(args: argparse.Namespace) -> None:
         raise BenchError(f"--{kind}: has no operators to choose, got --ops {','.join(args.ops)}")
     if kind != report.LAYER and args.compile:
         raise BenchError("--compile: compiles transformers' layers, so it wants --layer")
-    if args.layers and (kind == report.OPERATORS or (args.model or "8b") != "8b"):
-        raise BenchError("--layers: wants --layer or --model 8b, others have as many as they have")
+    for name in ("layers", "int8"):
+        if getattr(args, name) and (kind == report.OPERATORS or (args.model or "8b") != "8b"):
+            raise BenchError(f"--{name}: is for random weights, so it wants --layer or --model 8b")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -177,19 +179,18 @@ def rows_of(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def layer_run(args: argparse.Namespace) -> layer.LayerRun:
-    cold, budget = int(args.cold_mb * 1e6), budget_of(args)
-    shapes, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
-    return layer.LayerRun(
-        shapes, dtype, rows_of(args), args.context, ROUTINGS[args.routing], args.layers, cold, args.compile, budget
-    )
+    return layer.LayerRun(**random_run(args), compiled=args.compile)
 
 
 def model_run(args: argparse.Namespace, sample: Callable[[], None]) -> whole.ModelRun:
-    shapes, dtype, folder = SHAPES[args.shapes], DTYPES[args.dtype], whole.folder_of(args.model)
-    cold, budget = int(args.cold_mb * 1e6), budget_of(args)
-    return whole.ModelRun(
-        shapes, folder, dtype, rows_of(args), args.context, ROUTINGS[args.routing], args.layers, cold, budget, sample
-    )
+    return whole.ModelRun(**random_run(args), folder=whole.folder_of(args.model), sample=sample)
+
+
+def random_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What layers and models have in common."""
+    run = {"shapes": SHAPES[args.shapes], "dtype": DTYPES[args.dtype], "rows": rows_of(args), "context": args.context}
+    run |= {"routings": ROUTINGS[args.routing], "layers": args.layers, "int8": args.int8}
+    return run | {"cold_bytes": int(args.cold_mb * 1e6), "budget": budget_of(args)}
 
 
 def collect(args: argparse.Namespace, gate: Gate | None) -> dict[str, Any]:

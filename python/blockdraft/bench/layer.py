@@ -25,7 +25,6 @@ from blockdraft.model.decoder import Decoder
 from blockdraft.reference.model import Rows, ZayaReference
 
 VOCAB = 1024  # the embedding is a row each, and the LM head is not measured
-REFERENCE_BYTES = 4  # of a float32, once for all layers
 LAYER_ROUNDINGS = 8  # to the dtype on a row's way through a layer: norms, q, k, v, attention, o, experts twice
 
 
@@ -36,6 +35,7 @@ class LayerRun:
     Attributes:
         layers: Of the stack; None: as many as `cold_bytes` takes.
         compiled: torch.compile of transformers' layers, too.
+        int8: Our experts have one byte a weight; the others' have the same values in the dtype.
     """
 
     shapes: Shapes
@@ -46,6 +46,7 @@ class LayerRun:
     layers: int | None
     cold_bytes: int
     compiled: bool
+    int8: bool
     budget: Budget
 
     @property
@@ -55,7 +56,7 @@ class LayerRun:
     @property
     def depth(self) -> int:
         """Layers such that `cold_bytes` are read before a call meets the same weights again."""
-        least = self.dtype.itemsize * layer_parameters(self.shapes, 1)
+        least = layer_bytes(self.shapes, 1, self.dtype, self.int8)
         return self.layers or max(2, math.ceil(self.cold_bytes / (least * self.sides)))
 
 
@@ -63,16 +64,18 @@ class Stack:
     """Both sides, and the same in float32 to compare with."""
 
     def __init__(self, run: LayerRun) -> None:
-        self.config = config_of(run.shapes, run.depth, min(VOCAB, run.shapes.vocab_size))
-        one = layer_parameters(run.shapes, run.shapes.experts)
-        size = run.depth * run.sides * run.dtype.itemsize * one + REFERENCE_BYTES * one
+        shapes, vocab = run.shapes, min(VOCAB, run.shapes.vocab_size)
+        self.config = config_of(shapes, run.depth, vocab, "int8" if run.int8 else None)
+        size = run.depth * layer_bytes(shapes, shapes.experts, run.dtype, run.int8)
+        size += run.depth * (run.sides - 1) * layer_bytes(shapes, shapes.experts, run.dtype)
+        size += layer_bytes(shapes, shapes.experts, torch.float32)  # the reference's layers share their tensors
         check_memory("--layer", size, "--layers or --cold-mb")
         weights = RandomWeights(self.config, run.dtype)
         self.context = torch.randint(self.config.vocab_size, (run.context,)).tolist()
         decoder = Decoder(self.config, weights, run.dtype, torch.device("cpu"), progress=True)
         self.ours = Ours(decoder, self.context, max(run.rows), run.dtype)
-        self.theirs = Theirs(their_random_model(weights, True), self.context) if has_transformers() else None
-        self.reference = reference_of(weights)
+        self.theirs = Theirs(their_random_model(weights.widened(), True), self.context) if has_transformers() else None
+        self.reference = reference_of(weights.widened())
 
     def route(self, weights: RandomWeights) -> None:
         self.ours.route(weights)
@@ -92,12 +95,13 @@ class Stack:
         return torch.equal(self.ours.hidden_states(tokens)[:1], self.ours.hidden_states(tokens[:1]))
 
 
-def layer_parameters(shapes: Shapes, experts: int) -> int:
+def layer_bytes(shapes: Shapes, experts: int, dtype: torch.dtype, int8: bool = False) -> int:
     """Matrices of a layer, so many of its experts."""
     attention = shapes.hidden_size * (shapes.qkv_width + shapes.heads * shapes.head_dim)
     convolution = 2 * shapes.channels * shapes.head_dim
     router = shapes.router_hidden_size * (shapes.hidden_size + 2 * shapes.router_hidden_size)
-    return attention + convolution + router + 3 * experts * shapes.hidden_size * shapes.intermediate_size
+    own = 3 * experts * shapes.hidden_size * shapes.intermediate_size
+    return dtype.itemsize * (attention + convolution + router) + (1 if int8 else dtype.itemsize) * own
 
 
 def reference_of(weights: RandomWeights) -> ZayaReference:
@@ -165,7 +169,7 @@ def measure_all(run: LayerRun) -> Iterator[tuple[str, int, Callable[[], dict[str
     for routing in run.routings:
         stack.route(RandomWeights(stack.config, run.dtype, routing))
         for rows in run.rows:
-            label = f"layer, context {run.context}, {routing} routing"
+            label = f"layer{', int8 experts' if run.int8 else ''}, context {run.context}, {routing} routing"
             yield label, rows, partial(measure, stack, run, routing, rows, label)
 
 

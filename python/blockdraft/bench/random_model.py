@@ -6,7 +6,8 @@ embedding is large, no layer writes into those channels, and the router reads no
 ``(id + layer) mod E``.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 import torch
@@ -20,10 +21,11 @@ from blockdraft.model.tensor_names import expected_shapes
 UNIFORM, RANDOM = "uniform", "random"
 NUMBERS = 4194301  # drawn once; drawing 8.8 billion takes minutes. A prime, so that no row begins like another
 CODE = 4.0  # of a token's own channel, where the others have deviation 1
+INT8_DEVIATION = 32.0  # a fourth of the largest value
 LOGIT = 8.0  # of the chosen expert, others 0: probability 0.995 of 17 classes
 
 
-def config_of(shapes: Shapes, layers: int, vocab_size: int | None = None) -> ZayaConfig:
+def config_of(shapes: Shapes, layers: int, vocab_size: int | None = None, experts: str | None = None) -> ZayaConfig:
     """A model of these shapes; a smaller vocabulary where the LM head is not measured."""
     rope = {
         "rope_type": "default",
@@ -43,6 +45,7 @@ def config_of(shapes: Shapes, layers: int, vocab_size: int | None = None) -> Zay
         layer_types=("hybrid",) * layers,
         rope_parameters={"hybrid": rope},
         mask_token_id=4,
+        quantized_experts=experts,
     )
 
 
@@ -54,11 +57,13 @@ class RandomWeights:
         config: Whose tensors.
         dtype: Of all but the balancing biases, which are float32.
         routing: UNIFORM or RANDOM; the same weights but for the router's first and last matrix.
+        of_int8: The experts have the values that int8 can have; see `widened`.
     """
 
     config: ZayaConfig
     dtype: torch.dtype
     routing: str = UNIFORM
+    of_int8: bool = False
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     numbers: Tensor = field(init=False)  # [2 * NUMBERS], deviation 1, twice the same
 
@@ -67,10 +72,18 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(0)
         self.numbers = torch.empty(NUMBERS, dtype=self.dtype).normal_(generator=generator).repeat(2)
 
+    def widened(self) -> "RandomWeights":
+        """The same values for those who know no experts of int8."""
+        quantized = self.config.quantized_experts is not None
+        config = replace(self.config, quantized_experts=None)
+        return RandomWeights(config, self.dtype, self.routing, of_int8=quantized)
+
     def read(self, name: str) -> Tensor:
         E, leaf = self.config.num_experts, leaf_of(name)
         if leaf.endswith("balancing_biases"):
             return F.pad(torch.zeros(E), (0, 1), value=-1.0)  # nobody is skipped
+        if leaf.startswith("mlp.experts.") and (self.of_int8 or self.config.quantized_experts):
+            return self.expert(leaf, self.shapes[name])
         value = self.plain(leaf, self.shapes[name])
         if leaf.endswith("residual_scale.hidden_states_scale"):
             value[:E] = 0
@@ -90,12 +103,23 @@ class RandomWeights:
             return torch.ones(shape, dtype=self.dtype)
         return self.normal(leaf, shape, deviation(leaf, shape))
 
-    def normal(self, leaf: str, shape: tuple[int, ...], scale: float) -> Tensor:
+    def expert(self, leaf: str, shape: tuple[int, ...]) -> Tensor:
+        """int8, their scales, or the products of both, which the dtype holds exactly: a scale is a power of two."""
+        inputs = {"gate_up_proj": self.config.hidden_size, "down_proj": self.config.moe_intermediate_size}
+        scale = 2.0 ** round(math.log2(inputs[leaf.split(".")[2].removesuffix("_scale")] ** -0.5 / INT8_DEVIATION))
+        if leaf.endswith("_scale"):
+            return torch.full(shape, scale)
+        values = self.normal(leaf, shape, INT8_DEVIATION, torch.int8)
+        return values.to(self.dtype).mul_(scale) if self.of_int8 else values
+
+    def normal(self, leaf: str, shape: tuple[int, ...], scale: float, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers, from a place of its own for each leaf, as often as the shape needs them; layers are alike."""
-        out = torch.empty(shape, dtype=self.dtype)
+        out = torch.empty(shape, dtype=dtype or self.dtype)
         flat = out.view(-1)
         begin = crc32(leaf.encode()) % NUMBERS
         numbers = self.numbers[begin : begin + min(NUMBERS, flat.numel())] * scale
+        if dtype == torch.int8:
+            numbers = numbers.round_().clamp_(-127, 127).to(dtype)
         for first in range(0, flat.numel(), NUMBERS):
             flat[first : first + NUMBERS] = numbers[: flat.numel() - first]
         return out

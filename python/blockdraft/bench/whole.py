@@ -38,6 +38,7 @@ class ModelRun:
     Attributes:
         folder: Of a checkpoint; None: random weights.
         layers: Of random weights; None: all that the shapes have.
+        int8: Of random weights: our experts have one byte a weight.
         sample: Measures the memory; called beside each side.
     """
 
@@ -49,6 +50,7 @@ class ModelRun:
     routings: tuple[str, ...]
     layers: int | None
     cold_bytes: int
+    int8: bool
     budget: Budget
     sample: Callable[[], None]
 
@@ -61,7 +63,7 @@ class ModelRun:
         if self.folder:
             return self.folder.name
         part = "" if self.depth == self.shapes.layers else f", {self.depth} of {self.shapes.layers} layers"
-        return f"random weights{part}"
+        return f"random weights{', int8 experts' if self.int8 else ''}{part}"
 
 
 @dataclass
@@ -204,11 +206,16 @@ def row_of(run: ModelRun, label: str, rows: int, seen: Seen, match: Match | None
     others = {name: times for name, times in seen.times.items() if name != OURS}
     fastest = min(others, key=lambda name: others[name].median_ms, default=None)
     ours, theirs = seen.times[OURS], others.get(fastest)
-    notes += layer.compared(others) or ["transformers is not installed"]
+    notes += layer.compared(others) or [absence()]
     cold = seen.touched_bytes if seen.touched_bytes >= run.cold_bytes else 0
     work = report.Work("; ".join([rate(rows, ours, theirs), *notes]), seen.touched_bytes, cold)
     row = report.result(label, work, rows, Measured(ours, theirs, match, seen.same_bits, others))
     return row | {"most_tokens_per_second": rows / ours.median_ms * 1e3, "by_turns": seen.by_turns}
+
+
+def absence() -> str:
+    """Why there is no other side."""
+    return "transformers does not load experts of int8" if has_transformers() else "transformers is not installed"
 
 
 def rate(rows: int, ours: Times, theirs: Times | None) -> str:
@@ -219,23 +226,27 @@ def rate(rows: int, ours: Times, theirs: Times | None) -> str:
     return f"{most}{rows / ours.median_ms * 1e3:.4g} tokens/s{beside}"
 
 
+def random_config(run: ModelRun) -> ZayaConfig:
+    return config_of(run.shapes, run.depth, experts="int8" if run.int8 else None)
+
+
 class Loader:
     """Makes the sides, of random weights or of a folder."""
 
     def __init__(self, run: ModelRun) -> None:
         self.run = run
-        self.config = ZayaConfig.from_folder(run.folder) if run.folder else config_of(run.shapes, run.depth)
+        self.config = ZayaConfig.from_folder(run.folder) if run.folder else random_config(run)
         self.context = torch.randint(self.config.vocab_size, (run.context,)).tolist()
         self.size = self._size()
 
     def _size(self) -> int:
-        """Bytes of one side."""
+        """Bytes of one side, of the larger."""
         if self.run.folder:
             with Checkpoint(self.run.folder, self.config) as checkpoint:
                 return checkpoint.nbytes
         shapes = self.run.shapes
-        layers = self.run.depth * layer.layer_parameters(shapes, shapes.experts)
-        return self.run.dtype.itemsize * (layers + shapes.vocab_size * shapes.hidden_size)
+        layers = self.run.depth * layer.layer_bytes(shapes, shapes.experts, self.run.dtype)
+        return layers + self.run.dtype.itemsize * shapes.vocab_size * shapes.hidden_size
 
     def cases(self) -> list["StepCase | GenerateCase"]:
         """In an order in which routers change once."""
@@ -280,17 +291,18 @@ class Loader:
         model = (
             their_model(run.folder, self.config, run.dtype)
             if run.folder
-            else their_random_model(self.weights(UNIFORM), True)
+            else their_random_model(self.weights(UNIFORM).widened(), True)
         )
         return Pair(None, None, Theirs(model, self.context))
 
     def passes(self) -> Iterator[Pair]:
         """Both sides at once, or one and then, once it is gone, the other."""
-        if has_transformers() and fits(2 * self.size):
+        compared = has_transformers() and (self.run.folder is None or self.config.quantized_experts is None)
+        if compared and fits(2 * self.size):
             ours, theirs = self.ours(), self.theirs()
             yield Pair(ours.model, ours.ours, theirs.theirs)
             return
-        for make in (self.ours, self.theirs) if has_transformers() else (self.ours,):
+        for make in (self.ours, self.theirs) if compared else (self.ours,):
             pair = make()
             yield pair
             pair.model = pair.ours = pair.theirs = None  # the caller may still hold the pair
