@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show: builds blockdraft against the torch of this machine, runs the tests of the GPU backend, the
-# kernels under compute-sanitizer, and the benchmarks. Takes nothing from a network and at most nine minutes; a stage that
-# does not fit is cut off or left out, and report.md says so.
+# What only a GPU can show: builds blockdraft against the torch of this machine, runs the tests of the GPU backend and of
+# generation, the kernels under compute-sanitizer, and the benchmarks. Takes nothing from a network and at most nine
+# minutes; a stage that does not fit is cut off or left out, and report.md says so.
 #
 # usage: scripts/gpu_check.sh [OUTDIR]      report.json, report.md and a log per stage; default build/gpu_check
 #
@@ -91,9 +91,11 @@ done
 
 if stage build 200 bash -c build; then
   stage tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" -m 'not emulated' -k gpu tests/ops
+  BLOCKDRAFT_TEST_FULL=1 stage generation 120 "$PYTHON" -m pytest -q -rs -p no:cacheprovider --durations=0 \
+    --junitxml="$out/generation.xml" -m 'not emulated' -k gpu tests/generation
   stage bench 120 "$PYTHON" -m blockdraft.bench --device cuda --rows 1,16,64 --seconds 0.3 --json "$out/bench.json"
   for tool in memcheck racecheck synccheck initcheck; do sanitizer $tool; done
 else
-  for name in tests bench sanitizer-{memcheck,racecheck,synccheck,initcheck}; do record "$name" skipped 0 "not built"; done
+  for name in tests generation bench sanitizer-{memcheck,racecheck,synccheck,initcheck}; do record "$name" skipped 0 "not built"; done
 fi
 "$PYTHON" tools/gpu_report.py "$out"

@@ -69,14 +69,14 @@ def test_says_which_stage_failed(tmp_path, tools):
     result, report = run(tmp_path, PYTHON=tools("python", PYTHON.format(python=sys.executable, tests="exit 3")))
     assert result.returncode == 1, result.stderr
     came_to = {stage["stage"]: stage["result"] for stage in report["stages"]}
-    assert came_to.pop("tests") == came_to.pop("sanitizer-racecheck") == "failed"
+    assert came_to.pop("tests") == came_to.pop("generation") == came_to.pop("sanitizer-racecheck") == "failed"
     assert set(came_to) == {"build", "bench", "sanitizer-memcheck", "sanitizer-synccheck", "sanitizer-initcheck"}
     assert set(came_to.values()) == {"passed"}
     assert report["tests"] is None
     assert report["bench"] is None
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| tests | failed |" in text
-    assert "Tests on the GPU: no result." in text
+    assert "Tests on the GPU: no result. Of generation: no result." in text
     assert "No measurements." in text
     assert "Not run, or not to the end: none." in text
 
@@ -88,9 +88,14 @@ def test_cuts_off_and_leaves_out_what_does_not_fit(tmp_path, tools):
     stages = {stage["stage"]: stage for stage in report["stages"]}
     assert stages["tests"]["result"] == "cut off"
     left_out = {name for name, stage in stages.items() if stage["result"] == "skipped"}
-    assert left_out == {"bench", *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck"))}
+    assert left_out == {
+        "generation",
+        "bench",
+        *(f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
+    }
     assert (
-        "Not run, or not to the end: tests, bench, sanitizer-memcheck" in (tmp_path / "out" / "report.md").read_text()
+        "Not run, or not to the end: tests, generation, bench, sanitizer-memcheck"
+        in (tmp_path / "out" / "report.md").read_text()
     )
 
 
@@ -98,7 +103,7 @@ def test_without_a_build_nothing_runs(tmp_path, tools):
     tools("cmake", "#!/bin/sh\nexit 1\n")
     result, report = run(tmp_path, PYTHON=tools("python", PYTHON.format(python=sys.executable, tests="exit 0")))
     assert result.returncode == 1, result.stderr
-    assert [stage["result"] for stage in report["stages"]] == ["failed"] + ["skipped"] * 6
+    assert [stage["result"] for stage in report["stages"]] == ["failed"] + ["skipped"] * 7
     assert {stage["reason"] for stage in report["stages"][1:]} == {"not built"}
 
 

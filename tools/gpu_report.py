@@ -47,9 +47,9 @@ def stages(folder: Path) -> list[dict[str, Any]]:
     return [{"stage": name, "result": result, "seconds": int(s), "reason": why} for name, result, s, why in rows]
 
 
-def tests(folder: Path) -> dict[str, int] | None:
+def tests(folder: Path, stage: str) -> dict[str, int] | None:
     """Number of tests by outcome; None where the run did not come to its end."""
-    path = folder / "tests.xml"
+    path = folder / f"{stage}.xml"
     if not path.exists():
         return None
     cases = ElementTree.parse(path).getroot().iter("testcase")
@@ -62,15 +62,18 @@ def bench(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def told(counts: dict[str, int] | None) -> str:
+    return ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) if counts else "no result"
+
+
 def render(report: dict[str, Any], table: str) -> str:
     facts = report["machine"]
     lines = [f"# GPU check, {facts['date']}", "", "; ".join(f"{name} {value}" for name, value in facts.items()), ""]
     lines += ["| stage | result | seconds | |", "| --- | --- | ---: | --- |"]
     lines += [f"| {s['stage']} | {s['result']} | {s['seconds']} | {s['reason']} |" for s in report["stages"]]
     not_run = [s["stage"] for s in report["stages"] if s["result"] in ("skipped", "cut off")]
-    counts = report["tests"]
-    told = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) if counts else "no result"
-    lines += ["", f"Not run, or not to the end: {', '.join(not_run) or 'none'}.", "", f"Tests on the GPU: {told}.", ""]
+    lines += ["", f"Not run, or not to the end: {', '.join(not_run) or 'none'}.", ""]
+    lines += [f"Tests on the GPU: {told(report['tests'])}. Of generation: {told(report['generation'])}.", ""]
     return "\n".join([*lines, table or "No measurements.", ""])
 
 
@@ -79,7 +82,7 @@ def main() -> int:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     report: dict[str, Any] = {"machine": machine(), "stages": stages(folder)}
-    report |= {"tests": tests(folder), "bench": bench(folder)}
+    report |= {"tests": tests(folder, "tests"), "generation": tests(folder, "generation"), "bench": bench(folder)}
     table = ""
     if report["bench"]:
         from blockdraft.bench.report import render as render_bench

@@ -83,7 +83,7 @@ class ZayaForCausalLM:
         Args:
             path_or_hub_id: Folder with config.json, weights and (for string prompts) tokenizer.json, or a hub id.
             dtype: torch.bfloat16 or torch.float32.
-            device: Where it runs.
+            device: Where it runs. Weights go there one by one: the host holds one tensor at a time.
             mask_token_id: Overrides the checkpoint's; needed for mask drafting where it names none.
             skip_expert: What a row gives that the router sends to the skip class: "zero" (transformers, vLLM) or
                 "identity", its probability times its input (the training code, SGLang).
