@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -36,23 +36,6 @@ std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_
   checker.tensor(k_pages, "k_pages", {&N, &Hkv, &tiles, &k_size}, same);
   checker.tensor(v_pages, "v_pages", {&N, &Hkv, &tiles, &v_size}, same);
   const int64_t Hq = heads - Hkv, page_size = tiles * kPanelOutputs;
-  check(Hkv > 0 && Hq > 0 && Hq % Hkv == 0, "cca_mix: query heads must be a multiple of Hkv=", Hkv.size, ", got ", Hq);
-  check(D > 0 && D % 2 == 0 && D <= 256, "cca_mix: D must be even and from 2 to 256, got ", D.size);
-  check(tiles > 0, "cca_mix: k_pages must have at least one tile a page, got 0");
-  checker.size("C of conv_states", C, heads * D);
-  checker.size("columns of qkv", width, C + Hkv * D);
-  checker.size("columns of recurrent_states", delayed, Hkv * D / 2);
-  checker.size("panels of conv_qk_grouped", panels, ceil_div(D, kPanelOutputs));
-  checker.size("last size of k_pages", k_size, kPanelOutputs * D);
-  checker.size("last size of v_pages", v_size, kPanelOutputs * panels * kPanelOutputs);
-  check(2 * half <= D, "cca_mix: inverse_frequencies must have at most D / 2 entries, got ", half.size);
-  check_values<int32_t>("cca_mix", "row_parents", row_parents, -1, T - 1);
-  check_values<int32_t>("cca_mix", "row_states", row_states, 0, S - 1);
-  check_values<int64_t>("cca_mix", "row_slots", row_slots, -1, N * page_size - 1);
-
-  Tensor q = torch::stable::new_empty(qkv, {T, Hq, D}), k = torch::stable::new_empty(qkv, {T, Hkv, D}),
-         v = torch::stable::new_empty(qkv, {T, Hkv, D});
-  if (T == 0) return {q, k, v};
   CcaMixParams p{.qkv = qkv.const_data_ptr(),
                  .row_parents = read<int32_t>(row_parents),
                  .row_positions = read<int32_t>(row_positions),
@@ -68,9 +51,9 @@ std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_
                  .inverse_frequencies = read<float>(inverse_frequencies),
                  .rotary = nullptr,
                  .mixed = nullptr,
-                 .q = q.mutable_data_ptr(),
-                 .k = k.mutable_data_ptr(),
-                 .v = v.mutable_data_ptr(),
+                 .q = nullptr,
+                 .k = nullptr,
+                 .v = nullptr,
                  .k_pages = k_pages.mutable_data_ptr(),
                  .v_pages = v_pages.mutable_data_ptr(),
                  .T = T,
@@ -82,20 +65,56 @@ std::tuple<Tensor, Tensor, Tensor> cca_mix(const Tensor& qkv, const Tensor& row_
                  .half_rotary = half,
                  .page_size = page_size,
                  .dtype = to_dtype(qkv.scalar_type())};
-  if constexpr (kBackend == Backend::kCpu) {
-    const Tensor rotary = scratch(qkv, {T, 2, half}), mixed = scratch(qkv, {heads, T, 2 * D});
-    p.rotary = write<float>(rotary);
-    p.mixed = write<float>(mixed);
-    run_tasks(cpu::cca_mix_rotary, p, T, 64);
-    run_tasks(cpu::cca_mix, p, heads * ceil_div(T, 16), 65536 / (D * D));
-    run_tasks(cpu::cca_mix_store, p, T, 16);
-  } else {
-    launch_gpu("cca_mix", qkv, [&](void* stream) { return gpu::cca_mix(p, stream); });
-  }
+  check_sizes(p);
+  checker.size("C of conv_states", C, heads * D);
+  checker.size("columns of qkv", width, C + Hkv * D);
+  checker.size("columns of recurrent_states", delayed, Hkv * D / 2);
+  checker.size("panels of conv_qk_grouped", panels, ceil_div(D, kPanelOutputs));
+  checker.size("last size of k_pages", k_size, kPanelOutputs * D);
+  checker.size("last size of v_pages", v_size, kPanelOutputs * panels * kPanelOutputs);
+  check_values<int32_t>("cca_mix", "row_parents", row_parents, -1, T - 1);
+  check_values<int32_t>("cca_mix", "row_states", row_states, 0, S - 1);
+  check_values<int64_t>("cca_mix", "row_slots", row_slots, -1, N * page_size - 1);
+
+  Tensor q = torch::stable::new_empty(qkv, {T, Hq, D}), k = torch::stable::new_empty(qkv, {T, Hkv, D}),
+         v = torch::stable::new_empty(qkv, {T, Hkv, D});
+  if (T == 0) return {q, k, v};
+  p.q = q.mutable_data_ptr(), p.k = k.mutable_data_ptr(), p.v = v.mutable_data_ptr();
+  Workspace workspace(qkv);
+  run(p, workspace);
   return {q, k, v};
 }
 
 }  // namespace
+
+void check_sizes(const CcaMixParams& p) {
+  check(p.Hkv > 0 && p.Hq > 0 && p.Hq % p.Hkv == 0, "cca_mix: query heads must be a multiple of Hkv=", p.Hkv, ", got ",
+        p.Hq);
+  check(p.D > 0 && p.D % 2 == 0 && p.D <= 256, "cca_mix: D must be even and from 2 to 256, got ", p.D);
+  check(p.page_size > 0, "cca_mix: k_pages must have at least one tile a page, got 0");
+  check(2 * p.half_rotary <= p.D, "cca_mix: inverse_frequencies must have at most D / 2 entries, got ", p.half_rotary);
+}
+
+float* rotary_of(const CcaMixParams& p, Workspace& workspace) {
+  CcaMixParams own = p;
+  if constexpr (kBackend == Backend::kCpu) {
+    own.rotary = workspace.take<float>(p.T * 2 * p.half_rotary);
+    run_tasks(cpu::cca_mix_rotary, own, p.T, 64);
+  }
+  return own.rotary;
+}
+
+void run(CcaMixParams p, Workspace& workspace) {
+  if constexpr (kBackend == Backend::kCpu) {
+    const int64_t heads = p.Hq + p.Hkv;
+    if (!p.rotary) p.rotary = rotary_of(p, workspace);
+    p.mixed = workspace.take<float>(heads * p.T * 2 * p.D);
+    run_tasks(cpu::cca_mix, p, heads * ceil_div(p.T, 16), 65536 / (p.D * p.D));
+    run_tasks(cpu::cca_mix_store, p, p.T, 16);
+  } else {
+    launch_gpu("cca_mix", workspace.like(), [&](void* stream) { return gpu::cca_mix(p, stream); });
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas) {

@@ -14,14 +14,13 @@ bool is_truncated(const LmHeadChooseParams& p, int64_t t) {
 void run_cpu(LmHeadChooseParams& p, const Tensor& hidden_states) {
   check_laws("lm_head_choose", p);
   const ScratchRows truncated(p.T, [&](int64_t t) { return is_truncated(p, t); });
-  const ProductRows rows(hidden_states);
-  const Tensor partial = scratch(hidden_states, {p.blocks, p.T, 5});
-  const Tensor logits = scratch(hidden_states, {2, truncated.count, p.panels * kPanelOutputs});
-  p.rows = rows.rows();
+  Workspace workspace(hidden_states);
+  const int64_t logits = truncated.count * p.panels * kPanelOutputs;
+  p.rows = product_rows(p.hidden_states, p.T, p.H, p.dtype, workspace);
   p.logits_rows = truncated.rows.data();
-  p.partial = write<float>(partial);
-  p.logits = write<float>(logits);
-  p.weights = p.logits + truncated.count * p.panels * kPanelOutputs;
+  p.partial = workspace.take<float>(p.blocks * p.T * 5);
+  p.logits = workspace.take<float>(2 * logits);
+  p.weights = p.logits + logits;
   run_tasks(cpu::lm_head_choose, p, p.blocks);
   run_tasks(cpu::lm_head_choose_merge, p, p.T);
 }

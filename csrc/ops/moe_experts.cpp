@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -23,18 +23,16 @@ struct Grouping {
   }
 };
 
-void run_cpu(MoeExpertsParams& p, const Tensor& x) {
+void run_cpu(MoeExpertsParams& p, Workspace& workspace) {
   const Grouping grouping(p.topk_ids, p.T, p.E);
   const int64_t routed = grouping.expert_rows.back();
-  const ProductRows rows(x, grouping.sorted_rows.data());
+  p.rows = product_rows(p.x, p.T, p.H, p.dtype, workspace, grouping.sorted_rows.data());
   p.hidden_stride = 2 * p.inner_pairs;
-  const Tensor hidden = scratch(x, {p.T, p.hidden_stride}, ProductRows::row_dtype(x.scalar_type()));
-  p.rows = rows.rows();
+  p.hidden = workspace.take(p.T * p.hidden_stride, row_dtype(p.dtype));
   p.sorted_rows = grouping.sorted_rows.data();
   p.expert_rows = grouping.expert_rows.data();
   p.expert_ids = grouping.expert_ids.data();
   p.touched = static_cast<int64_t>(grouping.expert_ids.size());
-  p.hidden = hidden.mutable_data_ptr();
   const int64_t mean_rows = std::max<int64_t>(1, routed / std::max<int64_t>(1, p.touched));
   run_tasks(cpu::moe_experts_up, p, p.touched * ceil_div(p.I, kPanelOutputs), 8192 / (p.pairs * mean_rows));
   run_tasks(cpu::moe_experts_down, p, p.touched * ceil_div(p.H, kPanelOutputs), 16384 / (p.inner_pairs * mean_rows));
@@ -42,11 +40,10 @@ void run_cpu(MoeExpertsParams& p, const Tensor& x) {
   run_tasks(cpu::moe_experts_skip, p, p.T - routed, 8);
 }
 
-void run_gpu(MoeExpertsParams& p, const Tensor& x) {
+void run_gpu(MoeExpertsParams& p, Workspace& workspace) {
   p.hidden_stride = 8 * ceil_div(p.I, 8);  // rows at 16 bytes
-  const Tensor hidden = scratch(x, {p.T, p.hidden_stride}, x.scalar_type());
-  p.hidden = hidden.mutable_data_ptr();
-  launch_gpu("moe_experts", x, [&](void* stream) { return gpu::moe_experts(p, stream); });
+  p.hidden = workspace.take(p.T * p.hidden_stride, p.dtype);
+  launch_gpu("moe_experts", workspace.like(), [&](void* stream) { return gpu::moe_experts(p, stream); });
 }
 
 void check_scales(const Checker& checker, const char* name, const std::optional<Tensor>& scales,
@@ -79,38 +76,43 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
 
   Tensor out = torch::stable::empty_like(x);
   if (T == 0) return out;
-  MoeExpertsParams p{.x = x.const_data_ptr(),
-                     .rows = nullptr,
-                     .sorted_rows = nullptr,
-                     .expert_rows = nullptr,
-                     .expert_ids = nullptr,
-                     .topk_ids = read<int32_t>(topk_ids),
-                     .topk_weights = read<float>(topk_weights),
-                     .gate_up_proj = gate_up_proj.const_data_ptr(),
-                     .down_proj = down_proj.const_data_ptr(),
-                     .gate_up_scales = bytes ? read<float>(*gate_up_scales) : nullptr,
-                     .down_scales = bytes ? read<float>(*down_scales) : nullptr,
-                     .hidden = nullptr,
-                     .out = out.mutable_data_ptr(),
-                     .T = T,
-                     .H = H,
-                     .I = intermediate_size,
-                     .E = E,
-                     .touched = 0,
-                     .pairs = h_pairs,
-                     .inner_pairs = i_pairs,
-                     .hidden_stride = 0,
-                     .dtype = to_dtype(x.scalar_type()),
-                     .weight_dtype = to_dtype(gate_up_proj.scalar_type()),
-                     .skip_identity = skip_identity};
-  if constexpr (kBackend == Backend::kCpu)
-    run_cpu(p, x);
-  else
-    run_gpu(p, x);
+  const MoeExpertsParams p{.x = x.const_data_ptr(),
+                           .rows = nullptr,
+                           .sorted_rows = nullptr,
+                           .expert_rows = nullptr,
+                           .expert_ids = nullptr,
+                           .topk_ids = read<int32_t>(topk_ids),
+                           .topk_weights = read<float>(topk_weights),
+                           .gate_up_proj = gate_up_proj.const_data_ptr(),
+                           .down_proj = down_proj.const_data_ptr(),
+                           .gate_up_scales = bytes ? read<float>(*gate_up_scales) : nullptr,
+                           .down_scales = bytes ? read<float>(*down_scales) : nullptr,
+                           .hidden = nullptr,
+                           .out = out.mutable_data_ptr(),
+                           .T = T,
+                           .H = H,
+                           .I = intermediate_size,
+                           .E = E,
+                           .touched = 0,
+                           .pairs = h_pairs,
+                           .inner_pairs = i_pairs,
+                           .hidden_stride = 0,
+                           .dtype = to_dtype(x.scalar_type()),
+                           .weight_dtype = to_dtype(gate_up_proj.scalar_type()),
+                           .skip_identity = skip_identity};
+  Workspace workspace(x);
+  run(p, workspace);
   return out;
 }
 
 }  // namespace
+
+void run(MoeExpertsParams p, Workspace& workspace) {
+  if constexpr (kBackend == Backend::kCpu)
+    run_cpu(p, workspace);
+  else
+    run_gpu(p, workspace);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas) {

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -41,48 +41,50 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const std::option
   Tensor topk_ids = scratch(x, {T}, ScalarType::Int), topk_weights = scratch(x, {T});
   Tensor router_states_out = scratch(x, {T, R});
   if (T == 0) return {topk_ids, topk_weights, router_states_out};
-  const int64_t hidden_stride = kPanelOutputs * std::max<int64_t>(r_panels, e_panels);
-  MoeRouterParams p{.x = x.const_data_ptr(),
-                    .rows = nullptr,
-                    .router_states = router_states ? read<float>(*router_states) : nullptr,
-                    .router_states_scale = router_states ? read<float>(*router_states_scale) : nullptr,
-                    .down_proj = down_proj.const_data_ptr(),
-                    .down_proj_bias = read<float>(down_proj_bias),
-                    .norm_weight = read<float>(norm_weight),
-                    .fc1 = fc1.const_data_ptr(),
-                    .fc1_bias = read<float>(fc1_bias),
-                    .fc2 = fc2.const_data_ptr(),
-                    .fc2_bias = read<float>(fc2_bias),
-                    .out_proj = out_proj.const_data_ptr(),
-                    .balancing_biases = read<float>(balancing_biases),
-                    .hidden = nullptr,
-                    .topk_weights = write<float>(topk_weights),
-                    .topk_ids = write<int32_t>(topk_ids),
-                    .router_states_out = write<float>(router_states_out),
-                    .T = T,
-                    .H = H,
-                    .R = R,
-                    .E = classes - 1,
-                    .pairs = h_pairs,
-                    .hidden_stride = hidden_stride,
-                    .eps = static_cast<float>(eps),
-                    .dtype = to_dtype(x.scalar_type())};
-  if constexpr (kBackend == Backend::kCpu) {
-    const ProductRows rows(x);
-    const Tensor hidden = scratch(x, {2, T, hidden_stride});
-    p.rows = rows.rows();
-    p.hidden = write<float>(hidden);
-    run_tasks(cpu::moe_router_down, p, r_panels, 16384 / (h_pairs * T));
-    run_tasks(cpu::moe_router, p, T, std::max<int64_t>(1, 32768 / (R * R)));
-  } else {
-    std::optional<Tensor> hidden;
-    if (const int64_t size = gpu::moe_router_hidden(p)) p.hidden = write<float>(hidden.emplace(scratch(x, {size})));
-    launch_gpu("moe_router", x, [&](void* stream) { return gpu::moe_router(p, stream); });
-  }
+  const MoeRouterParams p{.x = x.const_data_ptr(),
+                          .rows = nullptr,
+                          .router_states = router_states ? read<float>(*router_states) : nullptr,
+                          .router_states_scale = router_states ? read<float>(*router_states_scale) : nullptr,
+                          .down_proj = down_proj.const_data_ptr(),
+                          .down_proj_bias = read<float>(down_proj_bias),
+                          .norm_weight = read<float>(norm_weight),
+                          .fc1 = fc1.const_data_ptr(),
+                          .fc1_bias = read<float>(fc1_bias),
+                          .fc2 = fc2.const_data_ptr(),
+                          .fc2_bias = read<float>(fc2_bias),
+                          .out_proj = out_proj.const_data_ptr(),
+                          .balancing_biases = read<float>(balancing_biases),
+                          .hidden = nullptr,
+                          .topk_weights = write<float>(topk_weights),
+                          .topk_ids = write<int32_t>(topk_ids),
+                          .router_states_out = write<float>(router_states_out),
+                          .T = T,
+                          .H = H,
+                          .R = R,
+                          .E = classes - 1,
+                          .pairs = h_pairs,
+                          .hidden_stride = 0,
+                          .eps = static_cast<float>(eps),
+                          .dtype = to_dtype(x.scalar_type())};
+  Workspace workspace(x);
+  run(p, workspace);
   return {topk_ids, topk_weights, router_states_out};
 }
 
 }  // namespace
+
+void run(MoeRouterParams p, Workspace& workspace) {
+  p.hidden_stride = kPanelOutputs * ceil_div(std::max(p.R, p.E + 1), kPanelOutputs);
+  if constexpr (kBackend == Backend::kCpu) {
+    p.rows = product_rows(p.x, p.T, p.H, p.dtype, workspace);
+    p.hidden = workspace.take<float>(2 * p.T * p.hidden_stride);
+    run_tasks(cpu::moe_router_down, p, ceil_div(p.R, kPanelOutputs), 16384 / (p.pairs * p.T));
+    run_tasks(cpu::moe_router, p, p.T, 32768 / (p.R * p.R));
+  } else {
+    if (const int64_t size = gpu::moe_router_hidden(p)) p.hidden = workspace.take<float>(size);
+    launch_gpu("moe_router", workspace.like(), [&](void* stream) { return gpu::moe_router(p, stream); });
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas) {

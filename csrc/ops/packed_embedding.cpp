@@ -1,6 +1,6 @@
 #include "ops/packed_embedding.h"
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -24,15 +24,19 @@ Tensor packed_embedding(const Tensor& token_ids, const Tensor& packed_weight, in
                                 .H = embedding_dim,
                                 .pairs = pairs,
                                 .dtype = to_dtype(packed_weight.scalar_type())};
-  if constexpr (kBackend == Backend::kCpu) {
-    run_tasks(cpu::packed_embedding, p, T, 8);
-  } else {
-    launch_gpu("packed_embedding", token_ids, [&](void* stream) { return gpu::packed_embedding(p, stream); });
-  }
+  Workspace workspace(token_ids);
+  run(p, workspace);
   return out;
 }
 
 }  // namespace
+
+void run(const PackedEmbeddingParams& p, Workspace& workspace) {
+  if constexpr (kBackend == Backend::kCpu)
+    run_tasks(cpu::packed_embedding, p, p.T, 8);
+  else
+    launch_gpu("packed_embedding", workspace.like(), [&](void* stream) { return gpu::packed_embedding(p, stream); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas)

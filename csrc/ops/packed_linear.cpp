@@ -1,6 +1,6 @@
 #include "ops/packed_linear.h"
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -17,28 +17,32 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
   const ScalarType dtype = out_float32 ? ScalarType::Float : x.scalar_type();
   Tensor out = torch::stable::new_empty(x, {T, out_features}, dtype);
   if (T == 0) return out;
-  PackedLinearParams p{.x = x.const_data_ptr(),
-                       .rows = nullptr,
-                       .packed = packed_weight.const_data_ptr(),
-                       .out = out.mutable_data_ptr(),
-                       .T = T,
-                       .N = out_features,
-                       .K = K,
-                       .panels = panels,
-                       .pairs = pairs,
-                       .dtype = to_dtype(x.scalar_type()),
-                       .out_float32 = out_float32};
-  if constexpr (kBackend == Backend::kCpu) {
-    const ProductRows rows(x);
-    p.rows = rows.rows();
-    run_tasks(cpu::packed_linear, p, panels, 16384 / (pairs * T));
-  } else {
-    launch_gpu("packed_linear", x, [&](void* stream) { return gpu::packed_linear(p, stream); });
-  }
+  const PackedLinearParams p{.x = x.const_data_ptr(),
+                             .rows = nullptr,
+                             .packed = packed_weight.const_data_ptr(),
+                             .out = out.mutable_data_ptr(),
+                             .T = T,
+                             .N = out_features,
+                             .K = K,
+                             .panels = panels,
+                             .pairs = pairs,
+                             .dtype = to_dtype(x.scalar_type()),
+                             .out_float32 = out_float32};
+  Workspace workspace(x);
+  run(p, workspace);
   return out;
 }
 
 }  // namespace
+
+void run(PackedLinearParams p, Workspace& workspace) {
+  if constexpr (kBackend == Backend::kCpu) {
+    p.rows = product_rows(p.x, p.T, p.K, p.dtype, workspace);
+    run_tasks(cpu::packed_linear, p, p.panels, 16384 / (p.pairs * p.T));
+  } else {
+    launch_gpu("packed_linear", workspace.like(), [&](void* stream) { return gpu::packed_linear(p, stream); });
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas)

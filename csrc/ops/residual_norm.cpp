@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "common/host.h"
+#include "ops/run.h"
 
 namespace blockdraft {
 namespace {
@@ -48,15 +48,19 @@ std::tuple<Tensor, Tensor> residual_norm(const Tensor& hidden_states, const std:
                              .H = H,
                              .eps = static_cast<float>(eps),
                              .dtype = to_dtype(hidden_states.scalar_type())};
-  if constexpr (kBackend == Backend::kCpu) {
-    run_tasks(cpu::residual_norm, p, T, kElementsPerTask / H);
-  } else {
-    launch_gpu("residual_norm", hidden_states, [&](void* stream) { return gpu::residual_norm(p, stream); });
-  }
+  Workspace workspace(hidden_states);
+  run(p, workspace);
   return {normed, residual_out};
 }
 
 }  // namespace
+
+void run(const ResidualNormParams& p, Workspace& workspace) {
+  if constexpr (kBackend == Backend::kCpu)
+    run_tasks(cpu::residual_norm, p, p.T, kElementsPerTask / p.H);
+  else
+    launch_gpu("residual_norm", workspace.like(), [&](void* stream) { return gpu::residual_norm(p, stream); });
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(BLOCKDRAFT_NAMESPACE, m) {
   if constexpr (kDefinesSchemas) {

@@ -1,0 +1,38 @@
+#pragma once
+// The operators below their checks: on pointers, with room of the caller's, for at least one row. decoder_forward runs
+// them one after the other.
+#include "common/host.h"
+#include "ops/block_attention.h"
+#include "ops/cca_mix.h"
+#include "ops/moe_experts.h"
+#include "ops/moe_router.h"
+#include "ops/packed_embedding.h"
+#include "ops/packed_linear.h"
+#include "ops/residual_norm.h"
+
+namespace blockdraft {
+
+// Which task attends from which rows to which keys; empty on a GPU. Layers of one head count share it.
+struct AttentionPlan {
+  explicit AttentionPlan(const BlockAttentionParams& p);
+  std::vector<AttentionTask> tasks;
+  std::vector<int32_t> row_chunks;
+};
+
+void run(const PackedEmbeddingParams& p, Workspace& workspace);
+void run(PackedLinearParams p, Workspace& workspace);
+void run(const ResidualNormParams& p, Workspace& workspace);
+void run(CcaMixParams p, Workspace& workspace);  // CPU: makes p.rotary where it is nullptr
+void run(BlockAttentionParams p, const AttentionPlan& plan, Workspace& workspace);
+void run(MoeRouterParams p, Workspace& workspace);
+void run(MoeExpertsParams p, Workspace& workspace);
+
+// CPU: [T, 2, half_rotary], p.rotary; nullptr on a GPU.
+float* rotary_of(const CcaMixParams& p, Workspace& workspace);
+
+// Sizes and, on the CPU, values that the kernels rely on; the error names the operator.
+void check_sizes(const CcaMixParams& p);
+void check_sizes(const BlockAttentionParams& p);
+void check_rows(const BlockAttentionParams& p);
+
+}  // namespace blockdraft
