@@ -166,6 +166,18 @@ def test_info_text_and_json(capsys):
     for name, library in facts["libraries"].items():
         assert library["loaded"] == (name in blockdraft.loaded_libraries)
         assert library["path" if library["loaded"] else "reason"] in text
+    assert facts["decoder"] == "one operator a forward"
+
+
+def test_variable_chooses_how_a_forward_runs(monkeypatch):
+    folder = blockdraft.bundled_model()
+    for value, fused in (("modules", False), ("fused", True), ("", True)):
+        monkeypatch.setenv("BLOCKDRAFT_DECODER", value)
+        assert blockdraft.ZayaForCausalLM.from_pretrained(folder, progress=False).decoder.fused is fused
+        assert info.decoder().startswith("one operator") is fused
+    monkeypatch.setenv("BLOCKDRAFT_DECODER", "slow")
+    with pytest.raises(blockdraft.errors.ConfigError, match="BLOCKDRAFT_DECODER must be fused or modules, got 'slow'"):
+        blockdraft.ZayaForCausalLM.from_pretrained(folder, progress=False)
 
 
 def test_info_says_why_a_library_is_not_loaded(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 import blockdraft
 from blockdraft import _host
 from blockdraft._libraries import failed_libraries
+from blockdraft.model.decoder import chosen_way
 
 # In the order of CPU generations; those that matter to the kernels or to torch's own products.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -70,9 +71,21 @@ def threads() -> dict[str, int | None]:
     return {"in use": torch.get_num_threads(), "logical cores": os.cpu_count()}
 
 
+def decoder() -> str:
+    """How a model that is loaded now runs a forward."""
+    return "one operator a forward" if chosen_way() == "fused" else "module by module (BLOCKDRAFT_DECODER)"
+
+
 def collect() -> dict[str, Any]:
     """JSON-ready; the keys are the text's headings."""
-    return {"versions": versions(), "libraries": libraries(), "cpu": cpu(), "gpu": gpu(), "threads": threads()}
+    return {
+        "versions": versions(),
+        "libraries": libraries(),
+        "cpu": cpu(),
+        "gpu": gpu(),
+        "threads": threads(),
+        "decoder": decoder(),
+    }
 
 
 def as_text(info: dict[str, Any]) -> str:
@@ -86,4 +99,5 @@ def as_text(info: dict[str, Any]) -> str:
     lines.append(f"{'cpu kernels':<15} {cpu['kernels']}{lowered}")
     lines.append(f"{'gpu':<15} {info['gpu']}")
     lines.append(f"{'threads':<15} {info['threads']['in use']} of {info['threads']['logical cores']} logical cores")
+    lines.append(f"{'decoder':<15} {info['decoder']}")
     return "\n".join(lines)

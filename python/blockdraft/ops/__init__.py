@@ -4,6 +4,7 @@ from blockdraft.ops.block_attention import block_attention
 from blockdraft.ops.cca_mix import cca_mix
 from blockdraft.ops.choose_tokens import choose_tokens
 from blockdraft.ops.commit_states import commit_states
+from blockdraft.ops.decoder_forward import decoder_forward
 from blockdraft.ops.lm_head_choose import lm_head_choose
 from blockdraft.ops.moe_experts import moe_experts
 from blockdraft.ops.moe_router import moe_router
@@ -19,6 +20,7 @@ __all__ = [
     "cca_mix",
     "choose_tokens",
     "commit_states",
+    "decoder_forward",
     "lm_head_choose",
     "moe_experts",
     "moe_router",

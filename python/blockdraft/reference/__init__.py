@@ -4,6 +4,7 @@ from blockdraft.reference.block_attention import block_attention
 from blockdraft.reference.cca_mix import cca_mix
 from blockdraft.reference.choose_tokens import choose_tokens
 from blockdraft.reference.commit_states import commit_states
+from blockdraft.reference.decoder_forward import decoder_forward
 from blockdraft.reference.lm_head_choose import lm_head_choose
 from blockdraft.reference.moe_experts import moe_experts
 from blockdraft.reference.moe_router import moe_router
@@ -19,6 +20,7 @@ __all__ = [
     "cca_mix",
     "choose_tokens",
     "commit_states",
+    "decoder_forward",
     "lm_head_choose",
     "moe_experts",
     "moe_router",
