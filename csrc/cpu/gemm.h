@@ -109,6 +109,10 @@ BLOCKDRAFT_INLINE Vec total_of(const float*, const float* sums, int j) {
   return load(sums + j * kLanes) + load(sums + kPanel + j * kLanes);
 }
 
+// The sums of a panel's outputs as they stand in total[2], in order.
+template <class X, class W>
+BLOCKDRAFT_INLINE void order_outputs(const X*, const W*, Vec*) {}
+
 // bfloat16 rows. Sums of a row: 32.
 
 #ifdef __AVX512BF16__
@@ -135,24 +139,22 @@ struct ByteTables {
 };
 constexpr ByteTables kSizes;
 
-// Unpacking works within 16 bytes: it takes the outputs of 4 neighbours from each half of them, so 8 of one operand and
-// then 8 of the other must lie there.
-struct UnpackOrder {
-  alignas(64) uint8_t from[64];
-  constexpr UnpackOrder() : from() {
-    for (int i = 0; i < 64; ++i) from[i] = i / 16 * 8 + i % 16 / 8 * 32 + i % 8;
-  }
-};
-constexpr UnpackOrder kUnpackOrder;
-
+// Unpacking works within 16 bytes, the pairs of 8 outputs: the first operand has the first four of each 8, the second
+// one the others. A fifth permutation would put them in order here; order_outputs does it once for a sum.
 BLOCKDRAFT_INLINE Operands load_operands(const Int8* panel) {
-  const __m512i values = _mm512_permutexvar_epi8(_mm512_load_si512(kUnpackOrder.from), _mm512_loadu_si512(panel));
+  const __m512i values = _mm512_loadu_si512(panel);
   const __m512i sizes = _mm512_abs_epi8(values), signs = _mm512_and_si512(values, _mm512_set1_epi8(-128));
   const __m512i low =
       _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.low), sizes, _mm512_load_si512(kSizes.low + 64));
   const __m512i high = _mm512_or_si512(
       _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.high), sizes, _mm512_load_si512(kSizes.high + 64)), signs);
   return {{bits_as<__m512bh>(_mm512_unpacklo_epi8(low, high)), bits_as<__m512bh>(_mm512_unpackhi_epi8(low, high))}};
+}
+
+BLOCKDRAFT_INLINE void order_outputs(const BFloat16*, const Int8*, Vec* total) {
+  const Vec a = total[0], b = total[1];
+  total[0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  total[1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 }
 
 template <int kRows, bool kFirst, class W>
@@ -176,7 +178,33 @@ static inline void multiply_tile(const BFloat16* x, int64_t stride, const W* pan
 }
 
 BLOCKDRAFT_INLINE Vec total_of(const BFloat16*, const float* sums, int j) { return load(sums + j * kLanes); }
+
+constexpr int64_t few_rows(const BFloat16*) { return 4; }
+
+// All of two panels at once: the sums of one panel alone are two chains for a row, which wait for each other's ends
+// where bytes come fast.
+template <int kRows, class W, class Out>
+static inline void multiply_few_rows(const BFloat16* x, int64_t stride, const W* panel, int64_t distance, int64_t pairs,
+                                     Out out) {
+  Vec sum[kRows][4] = {};
+  for (int64_t k = 0; k < pairs; ++k, panel += kPair) {
+    const Operands w[2] = {load_operands(panel), load_operands(panel + distance)};
+    for (int i = 0; i < kRows; ++i) {
+      uint32_t pair;
+      __builtin_memcpy(&pair, x + i * stride + 2 * k, sizeof pair);
+      const __m512bh both = bits_as<__m512bh>(pair - WordVec{});
+      for (int j = 0; j < 4; ++j)
+        sum[i][j] = bits_as<Vec>(_mm512_dpbf16_ps(bits_as<__m512>(sum[i][j]), w[j / 2].pairs[j % 2], both));
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < 4; j += 2) order_outputs(x, panel, sum[i] + j);
+    out(i, sum[i]);
+  }
+}
 #endif
+
+constexpr int64_t few_rows(const float*) { return 0; }  // four chains for a row are enough
 
 template <int kMost, class X, class W>
 BLOCKDRAFT_INLINE void multiply_rest(int64_t rows, const X* x, int64_t stride, const W* panel, int64_t pairs,
@@ -216,10 +244,39 @@ static inline void multiply_panel(const X* x, int64_t stride, int64_t rows, cons
     for (int64_t k = 0; k < pairs; k += step)
       accumulate_block(x + first * stride + 2 * k, stride, count, panel + k * kPair, minimum(pairs - k, step), sums);
     for (int64_t i = 0; i < count; ++i) {
-      const Vec total[2] = {total_of(x, sums + i * kSums, 0), total_of(x, sums + i * kSums, 1)};
+      Vec total[2] = {total_of(x, sums + i * kSums, 0), total_of(x, sums + i * kSums, 1)};
+      order_outputs(x, panel, total);
       out(first + i, total);
     }
   }
+}
+
+template <int kMost, class X, class W, class Out>
+BLOCKDRAFT_INLINE void choose_few_rows(int64_t rows, const X* x, int64_t stride, const W* panel, int64_t distance,
+                                       int64_t pairs, Out out) {
+  if constexpr (kMost > 0) {
+    if (rows == kMost) return multiply_few_rows<kMost>(x, stride, panel, distance, pairs, out);
+    choose_few_rows<kMost - 1>(rows, x, stride, panel, distance, pairs, out);
+  }
+}
+
+// out(row, sums of 32 and 32 outputs) for at most kBlockRows rows and two panels, the second `distance`
+// values after the first, with the bits of multiply_panel.
+template <class X, class W, class Out>
+static inline void multiply_two_panels(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t distance,
+                                       int64_t pairs, Out out) {
+  constexpr int64_t kFewRows = few_rows(static_cast<const X*>(nullptr));
+  if (rows <= kFewRows) return choose_few_rows<kFewRows>(rows, x, stride, panel, distance, pairs, out);
+  Vec first[kBlockRows][4];
+  multiply_panel(x, stride, rows, panel, pairs, [&](int64_t t, const Vec(&total)[2]) {
+    first[t][0] = total[0];
+    first[t][1] = total[1];
+  });
+  multiply_panel(x, stride, rows, panel + distance, pairs, [&](int64_t t, const Vec(&total)[2]) {
+    first[t][2] = total[0];
+    first[t][3] = total[1];
+    out(t, first[t]);
+  });
 }
 
 // The first n of 32 outputs to out, in the storage type.

@@ -11,12 +11,12 @@ struct Scales {
 
 // Those of the first n outputs from `scales` on; ones where weights have none, which change no bit.
 BLOCKDRAFT_INLINE Scales load_scales(const float* scales, int64_t n) {
+  if (scales && n >= kPanel) return {{load(scales), load(scales + kLanes)}};
   alignas(64) float values[kPanel] = {};
   for (int64_t c = 0; c < minimum(kPanel, n); ++c) values[c] = scales ? scales[c] : 1.0f;
   return {{load(values), load(values + kLanes)}};
 }
 
-// Gate panel, then up panel over the same rows; the gate's sums wait in a buffer of one row block.
 template <class T, class W>
 void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
   const int64_t panels = blocks(p.I, kPanel), size = p.pairs * kPair, stride = p.hidden_stride;
@@ -26,18 +26,13 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
   const Scales gate_scales = load_scales(scales, p.I - first_output);
   const Scales up_scales = load_scales(scales ? scales + p.I : nullptr, p.I - first_output);
   const int64_t n = minimum(kPanel, stride - first_output);
-  Vec gates[kBlockRows][2];
   for (int64_t first = p.expert_rows[touched]; first < p.expert_rows[touched + 1]; first += kBlockRows) {
     const int64_t rows = minimum(kBlockRows, p.expert_rows[touched + 1] - first);
     const auto* x = static_cast<const RowOf<T>*>(p.rows) + first * 2 * p.pairs;
     auto* hidden = static_cast<RowOf<T>*>(p.hidden) + first * stride + first_output;
-    multiply_panel(x, 2 * p.pairs, rows, gate, p.pairs, [&](int64_t t, const Vec(&total)[2]) {
-      gates[t][0] = total[0] * gate_scales.of[0];
-      gates[t][1] = total[1] * gate_scales.of[1];
-    });
-    multiply_panel(x, 2 * p.pairs, rows, gate + size, p.pairs, [&](int64_t t, const Vec(&total)[2]) {
+    multiply_two_panels(x, 2 * p.pairs, rows, gate, size, p.pairs, [&](int64_t t, const Vec(&total)[4]) {
       for (int64_t j = 0; j < 2; ++j) {
-        const Vec product = silu(gates[t][j]) * (total[j] * up_scales.of[j]);
+        const Vec product = silu(total[j] * gate_scales.of[j]) * (total[2 + j] * up_scales.of[j]);
         for (int64_t c = 0; c < minimum(kLanes, n - j * kLanes); ++c)
           narrow_to_row<T>(product[c], hidden + t * stride + j * kLanes + c);
       }
@@ -45,19 +40,34 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
   }
 }
 
+// `total` is of row t of the expert that was touched as number `touched`.
+template <class T>
+BLOCKDRAFT_INLINE void store_weighted(const MoeExpertsParams& p, int64_t touched, int64_t panel, int64_t t,
+                                      const Vec* total) {
+  const int64_t row = p.sorted_rows[p.expert_rows[touched] + t], n = p.H - panel * kPanel;
+  const float* scales = p.down_scales ? p.down_scales + p.expert_ids[touched] * p.H + panel * kPanel : nullptr;
+  const Scales scale = load_scales(scales, n);
+  const Vec weighted[2] = {total[0] * scale.of[0] * p.topk_weights[row], total[1] * scale.of[1] * p.topk_weights[row]};
+  store_panel(static_cast<T*>(p.out) + row * p.H + panel * kPanel, weighted, n);
+}
+
+// Returns how many panels it took, at most `most`: two for few rows.
 template <class T, class W>
-void down_panel(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
-  const int64_t panels = blocks(p.H, kPanel), stride = p.hidden_stride, first = p.expert_rows[touched];
-  const int64_t expert = p.expert_ids[touched], n = p.H - panel * kPanel;
-  const W* weight = static_cast<const W*>(p.down_proj) + (expert * panels + panel) * p.inner_pairs * kPair;
-  const Scales scales = load_scales(p.down_scales ? p.down_scales + expert * p.H + panel * kPanel : nullptr, n);
-  multiply_panel(static_cast<const RowOf<T>*>(p.hidden) + first * stride, stride, p.expert_rows[touched + 1] - first,
-                 weight, p.inner_pairs, [&](int64_t t, const Vec(&total)[2]) {
-                   const int64_t row = p.sorted_rows[first + t];
-                   const Vec weighted[2] = {total[0] * scales.of[0] * p.topk_weights[row],
-                                            total[1] * scales.of[1] * p.topk_weights[row]};
-                   store_panel(static_cast<T*>(p.out) + row * p.H + panel * kPanel, weighted, n);
-                 });
+int64_t down_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel, int64_t most) {
+  const int64_t panels = blocks(p.H, kPanel), size = p.inner_pairs * kPair, stride = p.hidden_stride;
+  const int64_t first = p.expert_rows[touched], rows = p.expert_rows[touched + 1] - first;
+  const W* weight = static_cast<const W*>(p.down_proj) + (p.expert_ids[touched] * panels + panel) * size;
+  const auto* hidden = static_cast<const RowOf<T>*>(p.hidden) + first * stride;
+  if (minimum(most, panels - panel) > 1 && rows <= few_rows(hidden)) {
+    multiply_two_panels(hidden, stride, rows, weight, size, p.inner_pairs, [&](int64_t t, const Vec(&total)[4]) {
+      store_weighted<T>(p, touched, panel, t, total);
+      store_weighted<T>(p, touched, panel + 1, t, total + 2);
+    });
+    return 2;
+  }
+  multiply_panel(hidden, stride, rows, weight, p.inner_pairs,
+                 [&](int64_t t, const Vec(&total)[2]) { store_weighted<T>(p, touched, panel, t, total); });
+  return 1;
 }
 
 template <class T>
@@ -87,8 +97,10 @@ void moe_experts_up(const MoeExpertsParams& p, int64_t begin, int64_t end) {
 
 void moe_experts_down(const MoeExpertsParams& p, int64_t begin, int64_t end) {
   const int64_t panels = blocks(p.H, kPanel);
-  for (int64_t task = begin; task < end; ++task)
-    visit_types(p, [&](auto x, auto w) { down_panel<decltype(x), decltype(w)>(p, task / panels, task % panels); });
+  for (int64_t task = begin; task < end;)
+    visit_types(p, [&](auto x, auto w) {
+      task += down_panels<decltype(x), decltype(w)>(p, task / panels, task % panels, end - task);
+    });
 }
 
 void moe_experts_skip(const MoeExpertsParams& p, int64_t begin, int64_t end) {
