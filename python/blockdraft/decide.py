@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blockdraft import ops
+from blockdraft.pieces import moved
 from blockdraft.reference.lm_head_choose import philox
 from blockdraft.sampler import SamplingParams
 
@@ -113,9 +114,9 @@ def columns_of(asks: list[Ask], device: torch.device) -> list[Tensor]:
     rows = [(ask.params, ask.sample.index | ask.stream, ask.position + i) for ask in asks for i in range(len(ask.rows))]
 
     def column(dtype: torch.dtype, values: list) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype)
 
-    return [
+    columns = [
         column(torch.float32, [p.temperature for p, _, _ in rows]),
         column(torch.int32, [p.top_k or 0 for p, _, _ in rows]),
         column(torch.float32, [p.top_p for p, _, _ in rows]),
@@ -124,6 +125,7 @@ def columns_of(asks: list[Ask], device: torch.device) -> list[Tensor]:
         column(torch.int32, [sample for _, sample, _ in rows]),
         column(torch.int32, [position for _, _, position in rows]),
     ]
+    return moved(columns, device)
 
 
 def _choose(heads: "Heads", asks: list[Ask], states: list[Tensor]) -> list[Decided]:

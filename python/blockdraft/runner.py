@@ -24,6 +24,7 @@ from torch import Tensor
 
 from blockdraft import ops
 from blockdraft.cache import Cache, CachedSequence, Transaction
+from blockdraft.pieces import room_for, views
 from blockdraft.steps import EMPTY_SLOT, Step
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 2048  # of a graph; larger steps, which are prompts mostly, keep a GPU busy without one
 MAX_BYTES = 2**31  # of all graphs
-ALIGNMENT = 64  # bytes, of a buffer's parts
 LAWS = ("temperature", "top_k", "top_p", "min_p", "seeds", "samples", "positions")  # in the order of the operator
 
 log = logging.getLogger(__name__)
@@ -203,10 +203,10 @@ class Buffers:
         self.shape = shape
         sizes = shape.sizes(like)
         parts = [(getattr(like, f.name).dtype, sizes[f.name]) for f in fields(like)]
-        total = sum(_aligned(dtype, size) for dtype, size in parts)
+        total = sum(room_for(part) for part in parts)
         self.host_bytes = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.bytes = torch.empty(total, dtype=torch.uint8, device=device)
-        self.host, self.inputs = (type(like)(*_views(piece, parts)) for piece in (self.host_bytes, self.bytes))
+        self.host, self.inputs = (type(like)(*views(piece, parts)) for piece in (self.host_bytes, self.bytes))
 
     def fill(self, x: Step) -> None:
         """Copies a step in, with padding."""
@@ -226,18 +226,6 @@ class Buffers:
         """The tensors on the device, of x and without padding."""
         cut = (getattr(self.inputs, f.name)[tuple(slice(0, n) for n in getattr(x, f.name).shape)] for f in fields(Step))
         return Step(*(part.contiguous() for part in cut))
-
-
-def _aligned(dtype: torch.dtype, size: tuple[int, ...]) -> int:
-    return -(-torch.Size(size).numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-def _views(piece: Tensor, parts: list[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-    sizes = [_aligned(dtype, size) for dtype, size in parts]
-    return [
-        own.view(dtype)[: torch.Size(size).numel()].view(size)
-        for own, (dtype, size) in zip(piece.split(sizes), parts, strict=True)
-    ]
 
 
 # Graphs

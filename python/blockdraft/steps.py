@@ -13,6 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockdraft.pieces import moved
+
 PREFILL, DRAFT, VERIFY, AR, DENOISE = "prefill", "draft", "verify", "ar", "denoise"
 EMPTY_SLOT = 0  # its state is that before any token: blockdraft.cache
 
@@ -72,7 +74,7 @@ class Step:
     state_slots: Tensor  # [B]
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return type(self)(*moved([getattr(self, f.name) for f in fields(self)], device))
 
 
 class Rows:
