@@ -14,7 +14,7 @@ from blockdraft import cli
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "blockdraft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MODEL = ("config.json", "model.safetensors", "tokenizer.json", "costs.json")
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "costs.json", "README.md")
 DATA = ("py.typed", "_host.pyi", "trace.html", *(f"data/nano/{name}" for name in MODEL))
 
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model = ZayaForCausalLM.from_pretrained(args.model, max_batch_size=64)
-    stream = data.encode(model.tokenizer, [text for _, text in data.split()[0]])
+    stream = data.encode(model.tokenizer, [text for _, text in data.split()[0]], args.out.parent)
     generator = torch.Generator().manual_seed(args.seed)
     each = args.count // args.block_length
     start = torch.randint(len(stream) - args.length, (args.block_length, each, 1), generator=generator)

@@ -23,7 +23,7 @@ from evaluate import pieces
 def periodic(tokens: list[int], longest: int = 24) -> bool:
     """The last half repeats with a period of at most `longest` tokens: nothing is left to learn from it."""
     tail = tokens[len(tokens) // 2 :]
-    return any(tail[period:] == tail[:-period] for period in range(1, longest + 1))
+    return any(tail[period:] == tail[:-period] for period in range(1, min(longest, len(tail) // 2) + 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

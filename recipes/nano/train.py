@@ -227,7 +227,8 @@ def prepare(args: argparse.Namespace) -> tuple[Tokenizer, Tensor, Tensor]:
         tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
     else:
         tokenizer = data.train_tokenizer([text for _, text in train], args.vocab)
-    stream, held_out_stream = (data.encode(tokenizer, [text for _, text in part]) for part in (train, held_out))
+    folder = args.out.parent  # the stages share it
+    stream, held_out_stream = (data.encode(tokenizer, [text for _, text in part], folder) for part in (train, held_out))
     bytes_per_token = sum(len(text.encode()) for _, text in train) / len(stream)
     print(f"{len(train)} files, {len(stream)} tokens of {bytes_per_token:.2f} bytes; {len(held_out)} files held out")
     return tokenizer, stream, held_out_stream
