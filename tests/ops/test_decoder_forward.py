@@ -158,9 +158,14 @@ def test_modules_hold_views_of_the_weights(cpu, folders):
 # Malformed calls.
 
 
-@pytest.fixture
-def call(cpu, folders):
+@pytest.fixture(scope="module")
+def right_call(folders):
     return make_call(load_model(folders("two-kinds"), "two-kinds", torch.float32), "groups")
+
+
+@pytest.fixture
+def call(cpu, right_call):
+    return copies(right_call)
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
