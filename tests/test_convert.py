@@ -1,6 +1,8 @@
 """The conversion to block diffusion against slow, literal definitions, with mutants that these must catch."""
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,7 @@ from blockdraft.steps import Block, Group, make_step
 from checkpoints import random_model, save, tiny_config
 from generation.stepping import prefilled
 
-losses_module = __import__("sys").modules["blockdraft.convert.losses"]
+losses_module = sys.modules["blockdraft.convert.losses"]  # the package's `losses` is the function
 LAYOUTS = ("extra_first_mask", "masks_after_anchor", "anchor_in_block")
 SHAPES = [(12, 4, 0), (13, 4, 3), (9, 16, 5), (17, 2, 1)]  # T, block_length, offset
 CASES = [(parent, layout) for layout in LAYOUTS for parent in ("previous", "anchor", "none")]
@@ -240,6 +242,25 @@ def test_training_lowers_both_losses():
         history.append((ar.item(), diffusion.item()))
     assert history[-1][0] < 0.5 * history[0][0]
     assert history[-1][1] < 0.5 * history[0][1]
+
+
+def test_bfloat16_trains(tmp_path):
+    model = convert.load(save(random_model(tiny_config(block_length=8)), tmp_path), dtype=torch.bfloat16)
+    tokens = torch.randint(5, 90, (2, 40), generator=torch.Generator().manual_seed(6))
+    batch = convert.doubled_batch(tokens, model.config, 5)
+    exact = convert.losses(convert.load(tmp_path)(batch.input_ids, batch.rows), batch)
+    rounded = convert.losses(model(batch.input_ids, batch.rows), batch)
+    convert.objective(*rounded).backward()
+    for a, b in zip(exact, rounded, strict=True):
+        assert abs(a - b) < 0.05 * a  # logits to 20 with 8 bits, and some rows with another expert
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.layers[0].mlp.gate.balancing_biases.dtype == torch.float32
+
+
+def test_nothing_imports_it():
+    code = "import sys, blockdraft; assert 'blockdraft.convert' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])

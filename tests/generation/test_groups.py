@@ -16,7 +16,7 @@ PREFIX = torch.randint(5, 95, (70,), generator=GENERATOR).tolist()
 BLOCK = torch.randint(5, 95, (16,), generator=GENERATOR).tolist()
 
 
-@pytest.fixture(params=["previous", "anchor"])
+@pytest.fixture(params=["previous", "anchor", "none"])
 def model(request, tiny):
     return ZayaForCausalLM(
         replace(tiny.config, mask_parent=request.param), tiny.decoder, None, tiny.dtype, tiny.device
