@@ -19,7 +19,6 @@ typedef int32_t IntVec __attribute__((vector_size(64)));
 typedef uint32_t WordVec __attribute__((vector_size(64)));
 typedef uint64_t LongVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVec __attribute__((vector_size(32)));
-typedef int16_t ShortVec __attribute__((vector_size(32)));
 
 template <class To, class From>
 BLOCKDRAFT_INLINE To bits_as(From x) {
