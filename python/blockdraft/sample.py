@@ -102,8 +102,7 @@ class Sample:
         if self.counts is not None:
             self.counts.extend([token])
         if self.ngram is not None:
-            self.guesses.append((self.ngram.matched, self.ngram.guess == token))
-            self.ngram.extend((token,))
+            self.guesses.append(self.ngram.follow(token))
         return self.text.append(token)
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> int:

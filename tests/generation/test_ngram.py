@@ -54,9 +54,10 @@ def test_matched(longest, shortest, alphabet):
     rng = random.Random(alphabet)
     text, drafter, run = random_text(rng, alphabet, 120), NgramDrafter(longest, shortest), 0
     for end, token in enumerate(text):
-        run = run + 1 if drafter.guess == token else 0
-        assert [drafter.guess] == (drafter.draft(1) or [None])
-        drafter.extend([token])
+        foreseen, guess = drafter.matched, drafter.draft(1)
+        assert bool(guess) == (foreseen > 0)
+        assert drafter.follow(token) == (foreseen, guess == [token])
+        run = run + 1 if guess == [token] else 0
         run = max(run, longest_repeated_ending(text[: end + 1], longest, shortest))
         assert drafter.matched == run, f"{text[: end + 1]}"
 
@@ -68,7 +69,7 @@ def test_pieces_do_not_matter():
     for start in range(0, 200, 7):
         pieces.extend(text[start : start + 7])
         pieces.draft(15)  # asking changes nothing
-    assert whole._after == pieces._after
+    assert (whole.entries, whole.matched) == (pieces.entries, pieces.matched)
     assert whole.draft(15) == pieces.draft(15)
 
 
@@ -100,9 +101,10 @@ def test_index_stays_small():
     unique.extend(range(1000))
     text = [rng.randrange(12) for _ in range(1980)]
     recurring.extend(text + text[:20])
-    assert len(unique._after) == 999  # 2-grams
-    assert len(recurring._after) <= 4 * 2000
-    assert {len(gram) for gram in recurring._after} == set(range(2, 9))
+    assert unique.entries == 999  # 2-grams
+    assert 999 < recurring.entries <= 4 * 2000
+    for index, tokens in ((unique, 1000), (recurring, 2000)):  # half of the slots taken at most, a quarter at least
+        assert 16 * index.entries <= index.bytes <= 32 * index.entries + 8 * tokens
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(8, 0), (2, 3), (0, 0), (8, -1)])
