@@ -1,5 +1,5 @@
 #pragma once
-// What followed the last time a text ended like this: the index behind blockdraft.ngram. Knows neither torch nor Python.
+// What followed the last time a text ended like this: the index behind blockdraft.ngram. No torch, no Python.
 #include <algorithm>
 #include <cstdint>
 #include <limits>

@@ -30,6 +30,7 @@ from blockdraft.cache import Cache
 from blockdraft.decide import Ask, Decided, columns_of, decide, measure_mixing, needs_no_logits
 from blockdraft.errors import ConfigError, RequestError
 from blockdraft.outputs import GenerationOutput, StreamEvent
+from blockdraft.plan import REPLAN_STEPS
 from blockdraft.processors import Processors
 from blockdraft.runner import Inputs
 from blockdraft.sample import Part, Sample
@@ -137,7 +138,7 @@ class Engine:
                     sample.cached = cache.allocate(self._room(sample))
                     active.append(sample)
                     self.scheduler.new_batch()
-                yield from self._step(cache, active)
+                yield from self._step(cache, active, bool(waiting))
                 for sample in [s for s in active if s.finish_reason]:
                     cache.release(sample.cached)
                     active.remove(sample)
@@ -187,9 +188,9 @@ class Engine:
         return min(decided, self.scheduler.left(part.sample))
 
     @torch.inference_mode()
-    def _step(self, cache: Cache, active: list[Sample]) -> list[StreamEvent]:
+    def _step(self, cache: Cache, active: list[Sample], waiting: bool) -> list[StreamEvent]:
         started = time.perf_counter()
-        parts = self.scheduler.parts(active)
+        parts = self.scheduler.parts(active, waiting)
         step = make_step([part.block for part in parts], cache.page_size, self.config.mask_parent)
         asks = [self._asks(part) for part in parts]
         on_device = all(needs_no_logits(self.model.heads, ask) for own in asks for ask in own)
@@ -265,7 +266,7 @@ class Engine:
         text = self._append(sample, decided, committed - part.forced) if decided is not None else ""
         new = tuple(sample.tokens[before:])
         accepted = min(accepted, committed - 1) if part.kind == VERIFY else 0
-        self._learn(part, accepted)
+        self._learn(part, accepted, len(new))
         self._count(part, accepted, len(new))
         if asks and asks[0].mixes:
             for kl, distance in measure_mixing(self.model.heads, hidden_states, asks[0], len(new)):
@@ -349,14 +350,15 @@ class Engine:
         if part.kind == VERIFY:
             stats.count_verified(part.source, part.causal - 1, accepted)
 
-    def _learn(self, part: Part, accepted: int) -> None:
+    def _learn(self, part: Part, accepted: int, tokens: int) -> None:
         """Tells the planner which drafts held: those verified, and what n-grams would have drafted."""
         sample, planner = part.sample, self.model.planner
         if part.kind == VERIFY and part.source != "ngram":
-            part.guessed = sum(held for _, held in sample.guesses[:accepted])
+            newest = sample.guesses[len(sample.guesses) - tokens :] if sample.follows else []
+            part.guessed = sum(held for _, held in newest[:accepted])
             own = sample.acceptance[part.source]
             planner.count(sample.kind(part.source), own, part.causal - 1, accepted, part.guessed)
-        if sample.guesses:
+        if len(sample.guesses) >= REPLAN_STEPS or sample.finish_reason:
             planner.count_guesses(sample.kind("ngram"), sample.acceptance["ngram"], sample.guesses)
             sample.guesses = []
 
@@ -368,12 +370,13 @@ class Engine:
         if any(part.kind not in (AR, DRAFT, VERIFY) for part in parts):
             return
         planner = self.model.planner
-        planner.account(sum(part.block.rows for part in parts), len(parts))
+        self.scheduler.book(parts, [len(new) for _, new, _ in taken])
         if any(part.kind != AR and part.source != "ngram" for part in parts):
             pairs = list(zip(parts, (len(new) for _, new, _ in taken), strict=True))
             rows = sum(1 if part.source == "ngram" else part.block.rows for part in parts)
             tokens = sum(1 if part.source == "ngram" else new - part.guessed for part, new in pairs)
-            planner.account_drafts(rows, len(parts), tokens)
+            verifying = sum(part.kind == VERIFY and part.source != "ngram" for part in parts)
+            planner.account_drafts(rows, len(parts), tokens, verifying)
 
     def _event(
         self, part: Part, text: str, new: tuple[int, ...], accepted: int, started: float, seconds: float

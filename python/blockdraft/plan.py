@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,14 @@ PRIOR_RATE, PRIOR_WEIGHT = 0.5, 4.0
 # A request trusts its own verifications over the model's after about as many.
 REQUEST_WEIGHT = 8.0
 # Predicted time that may be lost to drafts beyond what they saved: a share of all time, and forwards at the start.
-LOSS_SHARE, FIRST_LOSSES = 0.015, 2.0
+LOSS_SHARE, FIRST_LOSSES = 0.005, 2.0
 # Predicted speedup from which on drafting is worth it. Predictions err: n-gram drafts at batch 8 and T = 0.8, where all
 # rows but one a sequence are extra work, were taken at a predicted gain and lost 14%.
 LEAST_GAIN = 1.1
 LEAST_REACHED = 0.05  # a draft that holds more rarely than this is the last one of a block that is thought of
+# Following a text and planning blocks that hardly pay takes some 8 us a token: 6% of the bundled model's forward for
+# eight sequences. Where n-grams gained less, over some hundred tokens, they rest for fifteen of sixteen periods.
+FOLLOWING_MS, LEAST_FOLLOWED, MOST_RESTS = 0.008, 256, 15
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
 
 Kind = tuple[str, str]  # of drafts: whose they are, and how they are tested
@@ -84,6 +88,7 @@ class CostTable:
         rows, ms: Measured points, rows ascending; straight lines between and beyond.
         sequence_ms: Added by each sequence but the first.
         late_ms: Added where drafts are chosen after verification, from a mask group beside the verified rows.
+        verify_ms: Added by each sequence that verifies: what is done for it besides its rows.
         source: Where it is from.
     """
 
@@ -91,6 +96,7 @@ class CostTable:
     ms: tuple[float, ...]
     sequence_ms: float = 0.0
     late_ms: float = 0.0
+    verify_ms: float = 0.0
     source: str = "modelled"
 
     def __post_init__(self) -> None:
@@ -98,13 +104,14 @@ class CostTable:
         if len(self.rows) < 2 or len(self.rows) != len(self.ms) or not ascending or min(self.ms) <= 0:
             raise RequestError(f"cost table: wanted ascending rows and positive ms, two at least, got {self}")
 
-    def time(self, rows: float, sequences: float) -> float:
-        """Predicted milliseconds of a forward."""
+    def time(self, rows: float, sequences: float, verifying: float = 0.0) -> float:
+        """Predicted milliseconds of a forward with `sequences` sequences, of which some verify."""
         i = 1
         while i < len(self.rows) - 1 and self.rows[i] < rows:
             i += 1
         (r0, r1), (t0, t1) = self.rows[i - 1 : i + 1], self.ms[i - 1 : i + 1]
-        return t0 + (rows - r0) * max(0.0, t1 - t0) / (r1 - r0) + max(0.0, sequences - 1) * self.sequence_ms
+        more = max(0.0, sequences - 1) * self.sequence_ms + verifying * self.verify_ms
+        return t0 + (rows - r0) * max(0.0, t1 - t0) / (r1 - r0) + more
 
     @classmethod
     def modelled(cls, config: ZayaConfig, itemsize: int) -> "CostTable":
@@ -139,7 +146,14 @@ class CostTable:
             return cls.modelled(config, dtype.itemsize)
         try:
             data = json.loads(found.read_text())
-            return cls(tuple(data["rows"]), tuple(data["ms"]), data["sequence_ms"], data["late_ms"], str(found))
+            return cls(
+                tuple(data["rows"]),
+                tuple(data["ms"]),
+                data["sequence_ms"],
+                data["late_ms"],
+                data.get("verify_ms", 0.0),
+                str(found),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{found}: not a cost table ({error}); run `blockdraft calibrate` again") from error
 
@@ -211,15 +225,15 @@ def ngram_prior(matched: int) -> float:
     return matched / (matched + 3)
 
 
-@dataclass(frozen=True)
-class Option:
-    """A way to go on for long: tokens and rows per forward, and the share of forwards with groups to choose from."""
+class Option(NamedTuple):
+    """A way to go on for long: tokens and rows per forward; shares of forwards that choose from groups, that verify."""
 
     rows: int
     levels: tuple[int, ...]
     tokens: float
     mean_rows: float
     late: float = 0.0
+    verifies: float = 0.0
 
 
 PLAIN = Option(1, (), 1.0, 1.0)
@@ -238,7 +252,7 @@ class Price:
 
     Args:
         costs: Forward times.
-        rate: Tokens per millisecond that the batch is expected to decode.
+        rate: Tokens whose worth is a millisecond; see `Planner.prices`.
         option: How the sequence goes on.
         others, sequences: Rows of the rest of the batch, and sequences of all of it.
     """
@@ -249,12 +263,16 @@ class Price:
 
     def __call__(self, rows: int) -> float:
         if rows not in self.known:
-            more = self._time(rows) - self._time(self.option.mean_rows)
+            more = self._time(rows, rows > 1) - self._time(self.option.mean_rows, self.option.verifies)
             self.known[rows] = self.option.tokens + self.rate * more
         return self.known[rows]
 
-    def _time(self, rows: float) -> float:
-        return self.costs.time(self.others + rows, self.sequences)
+    def _time(self, rows: float, verifies: float) -> float:
+        return self.costs.time(self.others + rows, self.sequences, verifies)
+
+    def gained(self, rows: int, tokens: int) -> float:
+        """Milliseconds that a forward with so many of its rows saved by the tokens that it brought."""
+        return (tokens - self(rows)) / self.rate
 
     def drafts(self, masks: int) -> float:
         """Worth of drafts that wait: the forward that would bring them and one token."""
@@ -288,6 +306,29 @@ class Price:
         return Offer(tokens + drafts - LEAST_GAIN * self(rows + masks * len(levels)), rows, levels)
 
 
+@dataclass
+class Watch:
+    """Whether following texts for n-grams pays, by what their blocks gained.
+
+    Attributes:
+        gained: Predicted ms that blocks saved.
+        followed: Forwards of sequences whose text was followed; from four times `LEAST_FOLLOWED` on, both fade.
+        rests: Periods without, since the last with.
+    """
+
+    gained: float = 0.0
+    followed: int = 0
+    rests: int = 0
+
+    def next_period(self) -> bool:
+        """Whether texts are followed in the period that begins."""
+        pays = self.followed < LEAST_FOLLOWED or self.gained >= FOLLOWING_MS * self.followed
+        self.rests = 0 if pays or self.rests == MOST_RESTS else self.rests + 1
+        if self.followed > 4 * LEAST_FOLLOWED:
+            self.gained, self.followed = self.gained / 2, self.followed // 2
+        return self.rests == 0
+
+
 class Planner:
     """Plans for the sequences of one model; what it learns from one request is the next one's prior.
 
@@ -299,6 +340,7 @@ class Planner:
     def __init__(self, costs: CostTable, block_length: int) -> None:
         self.costs, self.block_length = costs, block_length
         self.seen: defaultdict[Kind, Acceptance] = defaultdict(Acceptance)
+        self.watches: defaultdict[tuple[frozenset[Kind], int], Watch] = defaultdict(Watch)  # by drafts, sequences
         self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
         self.spent = 0.0  # predicted ms of all decoding
         self.step_ms = costs.time(1, 1)
@@ -331,23 +373,23 @@ class Planner:
 
     def count_guesses(self, kind: Kind, own: Acceptance, guesses: Iterable[tuple[int, bool]]) -> None:
         """What came of n-gram drafts, verified or not: see `Sample.guesses`."""
-        shared = self.seen[kind]
+        counts = (own, self.seen[kind])
         for matched, held in guesses:
             if matched:
-                own.count_one(min(matched, MAX_BLOCK - 1), held)
-                shared.count_one(min(matched, MAX_BLOCK - 1), held)
+                for acceptance in counts:
+                    acceptance.count_one(min(matched, MAX_BLOCK - 1), held)
 
-    def account(self, rows: int, sequences: int) -> None:
+    def account(self, rows: int, sequences: int, verifying: int = 0) -> None:
         """Books a decode forward."""
-        self.spent += self.costs.time(rows, sequences)
+        self.spent += self.costs.time(rows, sequences, verifying)
 
-    def account_drafts(self, rows: int, sequences: int, tokens: int) -> None:
+    def account_drafts(self, rows: int, sequences: int, tokens: int, verifying: int = 0) -> None:
         """Books what a decode forward took with drafts, and what plain decoding would have taken for its tokens.
 
         Those of a plain forward cost what it takes; a further one, what a sequence adds to it: one that ends sooner by
         it leaves the others to pay for what they shared.
         """
-        took, plain = self.costs.time(rows, sequences), self.costs.time(sequences, sequences)
+        took, plain = self.costs.time(rows, sequences, verifying), self.costs.time(sequences, sequences)
         fewer = self.costs.time(sequences - 1, sequences - 1) if sequences > 1 else 0.0
         self.lost = max(self.lost + took - plain - (tokens - sequences) * (plain - fewer), -took)
 
@@ -375,25 +417,18 @@ class Planner:
         found = [PLAIN]
         for rows in sorted({min(4, block_length), min(8, block_length), block_length}):
             exactly = accept_lengths(rates, rows)
-            accepted = counted * sum(i * p for i, p in enumerate(exactly))
+            accepted = counted * sum(map(mul, exactly, range(rows)))
             if free:
-                found.append(Option(rows, (), 1 + accepted, rows))
+                found.append(Option(rows, (), 1 + accepted, rows, verifies=1.0))
                 continue
-            best = sorted(range(rows), key=lambda i: -exactly[i])
+            best = sorted(range(rows), key=exactly.__getitem__, reverse=True)
             for groups in sorted({0, 1, 3, rows}):
                 levels = tuple(sorted(best[:groups]))
-                miss = 1 - sum(exactly[i] for i in levels)
+                miss = 1 - sum(map(exactly.__getitem__, levels))
                 forwards = 1 + miss
-                drafting = miss * (1 + masks)
-                found.append(
-                    Option(
-                        rows,
-                        levels,
-                        (1 + accepted + miss) / forwards,
-                        (rows + groups * masks + drafting) / forwards,
-                        1 / forwards if groups else 0.0,
-                    )
-                )
+                tokens, mean_rows = 1 + accepted + miss, rows + groups * masks + miss * (1 + masks)
+                late = 1 / forwards if groups else 0.0
+                found.append(Option(rows, levels, tokens / forwards, mean_rows / forwards, late, 1 / forwards))
         return found
 
     def choose(self, choices: list[list[Option]]) -> list[Option]:
@@ -417,13 +452,24 @@ class Planner:
     def rate(self, picked: list[Option]) -> float:
         """Predicted tokens per millisecond of a batch."""
         late = max(o.late for o in picked) * self.costs.late_ms
-        took = self.costs.time(sum(o.mean_rows for o in picked), len(picked))
+        took = self.costs.time(sum(o.mean_rows for o in picked), len(picked), sum(o.verifies for o in picked))
         return sum(o.tokens for o in picked) / (took + late)
 
-    def prices(self, picked: list[Option]) -> list[Price]:
-        """One per sequence of a batch, for what they were given to choose; sequences that go on alike share theirs."""
-        rate, rows = self.rate(picked), sum(o.mean_rows for o in picked)
-        known = {o: Price(self.costs, rate, o, rows - o.mean_rows, len(picked)) for o in picked}
+    def prices(self, picked: list[Option], waiting: bool) -> list[Price]:
+        """One per sequence of a batch, for what they were given to choose; sequences that go on alike share theirs.
+
+        Where others wait for the first place that is free, a token is worth its share of the batch's time. Where none
+        do, a token more of one sequence saves only what that one adds to a forward, since the others need as many
+        forwards as before; where all get one more, its share. Who will be last is not known, hence half of both.
+
+        Args:
+            picked: How each goes on.
+            waiting: Whether others wait.
+        """
+        n, rows, share = len(picked), sum(o.mean_rows for o in picked), 1 / self.rate(picked)
+        added = self.costs.time(n, n) - self.costs.time(n - 1, n - 1) if n > 1 and not waiting else share
+        rate = 2 / (share + min(share, added))
+        known = {o: Price(self.costs, rate, o, rows - o.mean_rows, n) for o in picked}
         return [known[o] for o in picked]
 
 

@@ -53,8 +53,10 @@ class Sample:
         self.offers: dict[tuple[int, int], Offer] = {}  # of n-gram drafts, by how many tokens matched and their number
         self.hopeless = 0  # so many matched tokens are not worth a block
         self.counts = TokenCounts(prompt) if self.processors.active else None
+        self.follows = True  # the text into the index of n-grams, token by token
+        self.followed = 0  # tokens that are in it
         self.ngram = NgramDrafter() if params.drafts and params.drafter in ("ngram", "auto") else None
-        # Of the tokens of the last forward: how many before it repeated earlier text, and whether it did as well.
+        # Of tokens not counted yet: how many before it repeated earlier text, and whether it did as well.
         self.guesses: list[tuple[int, bool]] = []
         if self.ngram is not None:
             self.ngram.extend(prompt)
@@ -101,9 +103,19 @@ class Sample:
         self.tokens.append(token)
         if self.counts is not None:
             self.counts.extend([token])
-        if self.ngram is not None:
+        if self.ngram is not None and self.follows:
             self.guesses.append(self.ngram.follow(token))
         return self.text.append(token)
+
+    def follow(self, follows: bool) -> None:
+        """Whether n-grams are thought of from here on."""
+        if self.ngram is None or follows == self.follows:
+            return
+        self.follows, tokens = follows, self.tokens[self.followed :]
+        if follows:
+            self.ngram.extend(tokens)
+        else:
+            self.followed = len(self.tokens)
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> int:
         """Logits ``[n, V]`` in place, of which row i comes after the known tokens and drafts[:i]; returns rows done."""

@@ -1,10 +1,12 @@
 """What each sample does in the next forward: rows of its prompt, a draft, a block to verify, or one token."""
 
+import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockdraft.errors import RequestError
-from blockdraft.plan import MAX_BLOCK, PLAIN, REPLAN_STEPS, Offer, Option, Plan, spread_levels
+from blockdraft.plan import MAX_BLOCK, PLAIN, REPLAN_STEPS, Acceptance, Kind, Offer, Option, Plan, Watch, spread_levels
 from blockdraft.sample import Part, Sample
 from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from blockdraft.model.zaya import ZayaForCausalLM
 
 PREFILL_ROWS = 512  # prompt rows of one forward, over all sequences
+NEVER = sys.maxsize
+PLAIN_PLAN, UNPAID = Plan(), Plan(reason="drafts are not expected to pay")
 
 
 class Scheduler:
@@ -26,16 +30,23 @@ class Scheduler:
         self.context = min(model.config.max_position_embeddings, model.kv_cache_tokens)
         self.steps = 0
         self.planned_for, self.verified = 0, 0  # samples of the last plans, and blocks that these had verified
-        self.trying: Sample | None = None  # who drafts in this forward although plain decoding is expected to be faster
+        self.watch: Watch | None = None  # of the samples that n-grams may draft for
+        self.may_try = False  # whether a sample may draft in this forward against the prediction: one at a time
 
     def new_batch(self) -> None:
         """A sample came in: plans are made anew."""
         self.steps = 0
 
-    def parts(self, active: list[Sample]) -> list[Part]:
-        """One part of the next forward for each sample, but those whose prompt has to wait for room in it."""
-        self._replan(active)
-        self.trying = None
+    def parts(self, active: list[Sample], waiting: bool) -> list[Part]:
+        """One part of the next forward for each sample, but those whose prompt has to wait for room in it.
+
+        Args:
+            active: Samples with a place in the cache.
+            waiting: Whether more wait for one.
+        """
+        if self.steps % REPLAN_STEPS == 0:
+            self._replan([s for s in active if s.params.drafts and s.params.groups is None], waiting)
+        self.may_try = self.model.planner.may_try
         parts, prefill_rows, first = [], PREFILL_ROWS, 0
         for sample in active:
             part = self._part(sample, prefill_rows)
@@ -58,29 +69,71 @@ class Scheduler:
     def _uses_masks(self, sample: Sample) -> bool:
         return sample.params.drafts and sample.params.drafter in ("mask", "auto")
 
+    def _masks(self, sample: Sample) -> int:
+        """Rows of a mask group."""
+        return self.block_length(sample) if self._uses_masks(sample) else 0
+
     def _weighs_ngrams(self, sample: Sample) -> bool:
         """Whether the planner decides at each step if n-gram drafts are verified."""
         return sample.ngram is not None and sample.params.groups is None
 
-    def _replan(self, active: list[Sample]) -> None:
-        samples = [s for s in active if s.params.drafts and s.params.groups is None]
-        if not samples or self.steps % REPLAN_STEPS:
+    def _replan(self, samples: list[Sample], waiting: bool) -> None:
+        """Options, where there is something new to know, and prices for the samples that the planner plans for."""
+        if not samples:
             return
-        for sample in samples:
-            sample.offers, sample.hopeless = {}, 0
         # Little verified, little learned: a plan every 8 steps was 10% of a small model's time at batch 8.
         verified = sum(s.acceptance[s.main_source].verified for s in samples)
-        if self.steps and len(active) == self.planned_for and verified <= 1.25 * self.verified + 4:
+        learned = verified > 1.25 * self.verified + 4
+        if self.steps == 0 or len(samples) != self.planned_for or learned:
+            self.planned_for, self.verified = len(samples), verified
+            options = self.model.planner.choose([self._options(s) for s in samples])
+            for sample, option in zip(samples, options, strict=True):
+                sample.option = option
+        elif self.steps % (4 * REPLAN_STEPS):
             return
-        self.planned_for, self.verified = len(active), verified
-        planner = self.model.planner
-        choices = [self._options(s) for s in samples]
-        options = planner.choose(choices)
-        for sample, option, price in zip(samples, options, planner.prices(options), strict=True):
-            sample.option, sample.price = option, price
+        prices = self.model.planner.prices([s.option for s in samples], waiting)
+        for sample, price in zip(samples, prices, strict=True):
+            sample.price, sample.offers = price, {}
+        self._follow([s for s in samples if s.ngram is not None])
+
+    def _follow(self, samples: list[Sample]) -> None:
+        """Whether texts are followed until the next plans, and after which matches blocks are thought of."""
+        kinds = {s.kind("ngram") for s in samples}
+        self.watch = self.model.planner.watches[frozenset(kinds), len(samples)]
+        follows = self.watch.next_period()
+        for kind in kinds:
+            alike = [s for s in samples if s.kind("ngram") == kind]
+            hopeless = self._hopeless(kind, alike[0]) if follows else NEVER
+            for sample in alike:
+                sample.hopeless = hopeless
+                sample.follow(follows)
+
+    def book(self, parts: list[Part], tokens: list[int]) -> None:
+        """Books what a decode forward took, and what n-grams gained in it; it brought each sample so many tokens."""
+        rows, verifying = sum(part.block.rows for part in parts), sum(part.kind == VERIFY for part in parts)
+        self.model.planner.account(rows, len(parts), verifying)
+        if self.watch is None or self.watch.rests:
+            return
+        self.watch.followed += len(parts)
+        for part, new in zip(parts, tokens, strict=True):
+            if part.source == "ngram" and part.sample.price is not None:
+                self.watch.gained += part.sample.price.gained(part.block.rows, new)
+
+    def _hopeless(self, kind: Kind, sample: Sample) -> int:
+        """Matched tokens after which n-grams are not worth a block, as samples go, and were it this one.
+
+        Found once between plans: to think of each match that comes up took a batch of eight 35 us a forward.
+        """
+        known, masks, count = Acceptance(), self._masks(sample), self.block_length(sample) - 1
+
+        def worth(matched: int) -> bool:
+            chances = self.model.planner.ngram_rates(kind, known, matched, count)
+            return sample.price.best_block(chances, sample.option.levels, masks).gain > 0
+
+        return bisect_left(range(1, MAX_BLOCK), True, key=worth)
 
     def _options(self, sample: Sample) -> list[Option]:
-        masks, planner = self.block_length(sample) if self._uses_masks(sample) else 0, self.model.planner
+        masks, planner = self._masks(sample), self.model.planner
         if sample.ngram is not None and not masks:
             return [PLAIN]
         rates = planner.rates(sample.kind(), sample.acceptance[sample.main_source])
@@ -89,23 +142,21 @@ class Scheduler:
         alone = self.config.draft_layout == "anchor_in_block" and masks > 0  # such a block cannot stand beside others
         return [option for option in options if not (alone and option.levels)]
 
-    def _plan(self, sample: Sample, drafts: int) -> Plan:
-        """For a sample with an anchor and `drafts` drafts."""
-        masks = self._uses_masks(sample) and self.left(sample) > 2  # a draft is for the token after the next
-        if not sample.params.drafts:
-            return Plan()
-        if sample.params.groups is not None:
+    def _plan(self, sample: Sample, left: int) -> Plan:
+        """For a sample with an anchor, its drafts, and `left` tokens to decide."""
+        option, drafts = sample.option, len(sample.drafts)
+        masks = self._uses_masks(sample) and left > 2  # a draft is for the token after the next
+        if option is None:
             return self._pinned(sample, drafts, masks)
-        option = sample.option
         if option.rows > 1:
             rows = min(drafts + 1, option.rows)
             reason = f"{option.tokens:.2f} tokens expected of a forward of {option.mean_rows:.0f} rows"
             levels = self._useful(sample, option.levels, rows) if drafts else (0,)
             return Plan(rows, levels if masks else (), reason)
         nothing = not masks and sample.ngram is not None  # to try: n-grams have had their say
-        if nothing or not (self._is_tried(sample) or self.may_try or sample is self.trying):
-            return Plan(reason="drafts are not expected to pay")
-        self.trying = sample
+        if nothing or not (self._is_tried(sample) or self.may_try):
+            return UNPAID
+        self.may_try = False
         rows = min(drafts + 1, 8)
         return Plan(rows, (0,) if masks and rows == 1 else (), "a trial: whether drafts pay is not known well")
 
@@ -131,14 +182,9 @@ class Scheduler:
             return wanted
         if not self.may_try:
             return False
-        self.trying = sample
+        self.may_try = False
         self.model.planner.account_prompt(self.block_length(sample))
         return True
-
-    @property
-    def may_try(self) -> bool:
-        """Whether a sample may draft against the prediction: one at a time."""
-        return self.trying is None and self.model.planner.may_try
 
     def _group(self, sample: Sample, after: int) -> Group:
         B, mask, layout = self.block_length(sample), self.config.mask_token_id, self.config.draft_layout
@@ -175,35 +221,57 @@ class Scheduler:
         return Part(sample, kind, block, len(tokens), Plan(len(canvas), reason="denoising"))
 
     def _decode(self, sample: Sample) -> Part:
-        self._ask_drafter(sample)
-        cached, left = sample.cached, self.left(sample)
-        sample.drafts = sample.drafts[: left - 1]
-        plan = self._plan_ngrams(sample) or self._plan(sample, len(sample.drafts))
+        plan = PLAIN_PLAN
+        if sample.params.drafts:
+            plan = UNPAID if self._rests(sample) else self._decode_plan(sample, self.left(sample))
+        cached, anchor = sample.cached, sample.tokens[-1]
+        if plan.rows == 1 and not plan.levels:
+            return Part(sample, AR, Block(cached.length, cached.slot, cached.pages, [anchor]), 0, plan)
         drafts = sample.drafts[: plan.rows - 1]
-        anchor = sample.tokens[-1]
-        if not drafts and plan.levels and self.config.draft_layout == "anchor_in_block":
+        if not drafts and self.config.draft_layout == "anchor_in_block":
             mask = [self.config.mask_token_id] * (self.block_length(sample) - 1)
             block = Block(cached.length, cached.slot, cached.pages, [], [Group(-1, [anchor, *mask])])
             return Part(sample, DRAFT, block, 0, plan)
         groups = [self._group(sample, level) for level in plan.levels]
-        kind = VERIFY if drafts else DRAFT if groups else AR
         block = Block(cached.length, cached.slot, cached.pages, [anchor, *drafts], groups)
+        if not drafts:
+            return Part(sample, DRAFT, block, 0, plan)
         logprobs = tuple(sample.draft_logprobs[: len(drafts)])
-        return Part(sample, kind, block, 0, plan, source=sample.source if drafts else "", draft_logprobs=logprobs)
+        return Part(sample, VERIFY, block, 0, plan, source=sample.source, draft_logprobs=logprobs)
 
-    def _plan_ngrams(self, sample: Sample) -> Plan | None:
-        """Verifies n-gram drafts where that is worth more than what else there is to do.
+    def _rests(self, sample: Sample) -> bool:
+        """Whether there is nothing to plan, told before anything is looked up: eight samples have 40 us of a step."""
+        return (
+            sample.option is PLAIN
+            and not (sample.drafts or self.may_try)
+            and (sample.ngram is None or sample.ngram.matched <= sample.hopeless)
+        )
+
+    def _decode_plan(self, sample: Sample, left: int) -> Plan:
+        """For a sample that may draft, and its drafts as they are to be verified."""
+        count = min(self.block_length(sample), left) - 1
+        if not self._weighs_ngrams(sample):
+            self._ask_drafter(sample, count)
+            sample.drafts = sample.drafts[: left - 1]
+            return self._plan(sample, left)
+        sample.drafts = sample.drafts[: left - 1]
+        if sample.ngram.matched <= sample.hopeless:
+            return self._plan(sample, left)
+        return self._plan_ngrams(sample, count) or self._plan(sample, left)
+
+    def _plan_ngrams(self, sample: Sample, count: int) -> Plan | None:
+        """Verifies up to `count` n-gram drafts where that is worth more than what else there is to do.
 
         What the waiting drafts of mask rows are has no say in whether they give way: the rejection rule takes those
         that it tests for draws of their law.
         """
-        if not self._weighs_ngrams(sample) or sample.ngram.matched <= sample.hopeless or self._is_tried(sample):
+        if self._is_tried(sample):
             return None
-        masks = self.block_length(sample) if self._uses_masks(sample) else 0
-        drafts = sample.ngram.draft(min(self.block_length(sample), self.left(sample)) - 1)
-        gain, rows, levels = self._offer(sample, len(drafts), masks)
-        if gain <= 0 and len(drafts) == self.block_length(sample) - 1:
+        masks, drafts = self._masks(sample), sample.ngram.draft(count)
+        if self._offer(sample, count, masks).gain <= 0:  # nor are fewer drafts, or after a shorter match
             sample.hopeless = sample.ngram.matched
+            return None
+        gain, rows, levels = self._offer(sample, len(drafts), masks)
         if gain <= (sample.price.drafts(masks) if sample.drafts else 0.0):
             return None
         sample.set_drafts("ngram", drafts[: rows - 1])
@@ -219,9 +287,9 @@ class Scheduler:
             sample.offers[key] = sample.price.best_block(chances, sample.option.levels, masks)
         return sample.offers[key]
 
-    def _ask_drafter(self, sample: Sample) -> None:
-        params, count = sample.params, min(self.block_length(sample), self.left(sample)) - 1
-        if not params.drafts or self._uses_masks(sample) or self._weighs_ngrams(sample) or count < 1:
+    def _ask_drafter(self, sample: Sample, count: int) -> None:
+        params = sample.params
+        if self._uses_masks(sample) or count < 1:
             return
         sample.set_drafts()
         if params.groups is None and sample.option.rows == 1 and not self.may_try:

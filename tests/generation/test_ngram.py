@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from blockdraft import RequestError
+from blockdraft import RequestError, SamplingParams
 from blockdraft.ngram import NgramDrafter
+from blockdraft.processors import Processors
+from blockdraft.sample import Sample
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes" / "nano"))
 drafters = pytest.importorskip("drafters")
@@ -71,6 +73,22 @@ def test_pieces_do_not_matter():
         pieces.draft(15)  # asking changes nothing
     assert (whole.entries, whole.matched) == (pieces.entries, pieces.matched)
     assert whole.draft(15) == pieces.draft(15)
+
+
+def test_a_sample_that_rests_misses_nothing():
+    """Tokens decided while the text is not followed are in the index when it is again."""
+    text = random_text(random.Random(1), 3, 120)
+    rested, followed = (
+        Sample(text[:20], SamplingParams(drafter="ngram"), 0, 0, None, Processors(), frozenset()) for _ in range(2)
+    )
+    for i, token in enumerate(text[20:]):
+        rested.follow(i % 30 < 10)
+        rested.append(token)
+        followed.append(token)
+    rested.follow(True)
+    assert rested.ngram.draft(15) == followed.ngram.draft(15) != []
+    assert rested.ngram.entries == followed.ngram.entries
+    assert 0 < len(rested.guesses) < len(followed.guesses) == 100
 
 
 def test_latest_occurrence_of_the_longest_ending():

@@ -10,6 +10,7 @@ from blockdraft import RequestError, SamplingParams, ZayaForCausalLM, bundled_mo
 from blockdraft.cli import main
 from blockdraft.ngram import NgramDrafter
 from blockdraft.plan import (
+    FOLLOWING_MS,
     LEAST_GAIN,
     MAX_BLOCK,
     PLAIN,
@@ -17,6 +18,7 @@ from blockdraft.plan import (
     CostTable,
     Option,
     Planner,
+    Watch,
     accept_lengths,
     table_path,
 )
@@ -192,35 +194,75 @@ def test_ngrams_take_no_trial_from_masks(model):
 def test_price():
     """Tokens that make a forward as good as the option: the rest of the batch waits as long."""
     planner = Planner(MIDDLE, 16)
-    (alone,) = planner.prices([PLAIN])
+    (alone,) = planner.prices([PLAIN], True)
     assert [alone(rows) for rows in (1, 16, 32)] == pytest.approx([1.0, 1.6, 2.4])
-    one, other = planner.prices([PLAIN] * 2)
+    one, other = planner.prices([PLAIN] * 2, True)
     assert one is other
     assert one(16) == pytest.approx(1 + 2 * (MIDDLE.time(17, 2) - MIDDLE.time(2, 2)) / MIDDLE.time(2, 2))
     assert one.drafts(16) == one(17) - 1
     assert one.drafts(0) == 0
 
 
+def test_price_where_nobody_waits():
+    """A token is worth half of its share of a forward and half of what its sequence adds to one; alone, all of it."""
+    planner = Planner(replace(MIDDLE, sequence_ms=0.05), 16)
+    share, added = planner.costs.time(8, 8) / 8, planner.costs.time(8, 8) - planner.costs.time(7, 7)
+    assert added < share
+    prices = planner.prices([PLAIN] * 8, False)
+    assert prices[0] is prices[7]
+    assert 1 / prices[0].rate == pytest.approx((share + added) / 2)
+    assert planner.prices([PLAIN], False)[0].rate == planner.prices([PLAIN], True)[0].rate
+    assert prices[0].gained(4, 3) == pytest.approx((3 - prices[0](4)) / prices[0].rate)
+
+
+def test_a_block_to_verify_has_its_own_cost():
+    costs = replace(MIDDLE, verify_ms=0.25)
+    assert costs.time(8, 2, 1) == pytest.approx(MIDDLE.time(8, 2) + 0.25)
+    (price,), (free,) = (Planner(c, 16).prices([PLAIN], True) for c in (costs, MIDDLE))
+    assert price(1) == free(1) == 1
+    assert price(8) == pytest.approx(free(8) + 0.25 / MIDDLE.time(1, 1))
+    plans = Planner(costs, 16)
+    plans.account(8, 2, 1)
+    assert plans.spent == costs.time(8, 2, 1)
+
+
+def test_texts_are_followed_while_that_pays():
+    """For some hundred tokens at first; without gain one period in sixteen; with gain, on and on."""
+
+    def periods(count, gained):
+        watch, found = Watch(), []
+        for _ in range(count):
+            found.append(watch.next_period())
+            if found[-1]:
+                watch.followed += 128
+                watch.gained += gained
+        return found
+
+    assert periods(36, 0.0) == [True, True] + ([False] * 15 + [True]) * 2 + [False] * 2
+    assert all(periods(36, 1.01 * FOLLOWING_MS * 128))
+    assert not all(periods(36, 0.99 * FOLLOWING_MS * 128))
+
+
 def test_blocks_of_ngrams_by_their_worth():
     """The length that is best of all, found by trying each; none where drafts do not hold."""
     for option in (PLAIN, Option(16, (), 3.0, 16.5)):
         for rate in (0.05, 0.3, 0.6, 0.9, 0.99):
-            (price,) = Planner(MIDDLE, 16).prices([option])
+            (price,) = Planner(MIDDLE, 16).prices([option], True)
             tokens = [sum(rate**i for i in range(rows)) for rows in range(1, 17)]
             gains = [0.0] + [tokens[rows - 1] - LEAST_GAIN * price(rows) for rows in range(2, 17)]
             offer = price.best_block([rate] * 15, (), 16)
             assert offer.gain == pytest.approx(max(gains), abs=0.02)  # what hardly ever holds is not thought of
             assert (offer.rows > 1) == (offer.gain > 0)
-    assert Planner(STEEP, 16).prices([PLAIN])[0].best_block([0.99] * 15, (), 16).rows == 1
+    assert Planner(STEEP, 16).prices([PLAIN], True)[0].best_block([0.99] * 15, (), 16).rows == 1
 
 
 def test_groups_beside_ngrams():
     """Where rows are free, drafts for what follows come along; where they are not, they do not."""
     levels = (0, 3, 15)
-    free = Planner(FLAT, 16).prices([Option(16, levels, 6.0, 64)])[0].best_block([0.95] * 15, levels, 16)
+    free = Planner(FLAT, 16).prices([Option(16, levels, 6.0, 64)], True)[0].best_block([0.95] * 15, levels, 16)
     assert (free.rows, free.levels) == (16, levels)
-    assert Planner(MIDDLE, 16).prices([PLAIN])[0].best_block([0.95] * 15, levels, 16).levels == ()
-    short = Planner(FLAT, 16).prices([Option(16, levels, 2.0, 64)])[0].best_block([0.95] * 5, levels, 16)
+    assert Planner(MIDDLE, 16).prices([PLAIN], True)[0].best_block([0.95] * 15, levels, 16).levels == ()
+    short = Planner(FLAT, 16).prices([Option(16, levels, 2.0, 64)], True)[0].best_block([0.95] * 5, levels, 16)
     assert (short.rows, short.levels) == (6, (0, 3))  # none for more drafts than there are
 
 
@@ -262,7 +304,7 @@ def test_auto_takes_ngrams_where_text_repeats_and_masks_where_it_does_not(model)
     """A prompt that is there five times over, and prompts in which no two tokens recur."""
     params = SamplingParams(max_tokens=48, ignore_eos=True)
     repeating = with_planner(model, SHAPE)
-    outputs = repeating.generate([p[:40] * 5 for p in held_out_prompts(4)], params)
+    outputs = [o for p in held_out_prompts(4) for o in repeating.generate(p[:40] * 5, params)]
     found = sources(outputs)
     assert found["ngram"] > 2 * found["mask"]
     assert sum(o.stats.accepted_by["ngram"] for o in outputs) > 4 * found["ngram"]

@@ -8,7 +8,7 @@ import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM
 from blockdraft.outputs import GenerationStats
-from blockdraft.plan import CostTable, Offer, Planner, Price
+from blockdraft.plan import CostTable, Offer, Planner, Price, Watch
 from checkpoints import random_model, save, tiny_config
 
 PROMPT = torch.randint(5, 95, (12,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -94,7 +94,7 @@ def test_law(model, exact, verification, drafter):
 class Turns:
     """Stands in for the n-gram drafter: after tokens with even ids it drafts what `bigram` does."""
 
-    matched, guess = 0, None
+    matched = 0
 
     def __init__(self):
         self.tokens: list[int] = []
@@ -102,6 +102,11 @@ class Turns:
     def extend(self, tokens):
         self.tokens += tokens
         self.matched = 5 * (self.tokens[-1] % 2 == 0)
+
+    def follow(self, token):
+        before = self.matched
+        self.extend([token])
+        return before, False
 
     def draft(self, count):
         return bigram(self.tokens, count)
@@ -112,6 +117,7 @@ def test_law_with_two_sources(model, exact, verification, monkeypatch):
     """Drafts of n-grams, which are point masses, in the place of drafts of mask rows that wait, which are not."""
     monkeypatch.setattr("blockdraft.sample.NgramDrafter", Turns)
     monkeypatch.setattr(Price, "best_block", lambda *_: Offer(1e3, 4))
+    monkeypatch.setattr(Watch, "next_period", lambda _: True)
     monkeypatch.setattr(model, "planner", Planner(CostTable((1, 512), (1.0, 1.1)), 16))
     drafted_by = Counter()
     verified = GenerationStats.count_verified
