@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM
-from blockdraft.runner import EagerRunner, GraphRunner
+from blockdraft.runner import EagerRunner, GraphRunner, decode
+from blockdraft.steps import Block, make_step
 from conftest import BACKENDS, load_backend, marked
 from generation.conftest import DTYPES
-from generation.recording import use_graphs
+from generation.recording import Tape, storage, tensors_in, use_graphs
+from generation.test_runner import inputs_of, whole
 
 GENERATOR = torch.Generator().manual_seed(11)
 PROMPTS = [torch.randint(5, 95, (n,), generator=GENERATOR).tolist() for n in (19, 1, 7)]
@@ -89,3 +91,21 @@ def test_graphs_give_the_tokens_of_steps_as_they_come(device, tiny_folder, dtype
     model.runner = graphs
     assert (tokens(model, params), tokens(model, others)) == plain
     assert any(graph.captured for graph in graphs.graphs.values())
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_launches_of_a_step(device, tiny_folder, rows):
+    """Eleven a layer. Others: embedding, first norm, two of the head, verification, commit, and four of PyTorch's."""
+    if device != "cpu":
+        pytest.skip("the emulator counts")
+    model = load(tiny_folder, "bfloat16", device)
+    cache = model.new_cache(64, 1)
+    sequence = cache.allocate(40)
+    x = inputs_of(make_step([Block(0, sequence.slot, sequence.pages, [7] * rows)], cache.page_size), rows)
+    before, tape = torch.ops.blockdraft.launches(), Tape([*model.decoder.buffers(), *whole(cache), *vars(x).values()])
+    with torch.inference_mode(), tape:
+        decode(model, cache, x)
+    assert torch.ops.blockdraft.launches() - before == 11 * model.config.num_hidden_layers + 6
+    ours = [call for call in tape.calls if call.op.namespace == "aten"]
+    views = [call for call in ours if storage(call.results[0]) in map(storage, tensors_in(call.args))]
+    assert len(ours) - len(views) == 4
