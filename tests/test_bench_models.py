@@ -3,14 +3,16 @@
 import argparse
 import copy
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import blockdraft
-from blockdraft import bench, ops
-from blockdraft.bench import layer, memory, sides, whole
+from blockdraft import _host, bench, ops
+from blockdraft.bench import layer, memory, revision, sides, whole
 from blockdraft.bench.gate import Gate
 from blockdraft.bench.measure import Budget, time_sides
 from blockdraft.bench.random_model import RANDOM, UNIFORM, RandomWeights, config_of
@@ -63,8 +65,14 @@ def test_layer_matches_and_is_compared(capsys, tmp_path, dtype):
     assert capsys.readouterr().out == printed
 
 
+@pytest.fixture
+def modules(monkeypatch):
+    """Forwards call the operators from Python, where a test can put others in their place."""
+    monkeypatch.setenv("BLOCKDRAFT_DECODER", "modules")
+
+
 @pytest.mark.parametrize("name", ["moe_experts", "block_attention", "cca_mix"])
-def test_wrong_layer_does_not_match(capsys, monkeypatch, name):
+def test_wrong_layer_does_not_match(capsys, monkeypatch, modules, name):
     operator = getattr(ops, name)
 
     def wrong(*arguments: object) -> object:
@@ -78,7 +86,7 @@ def test_wrong_layer_does_not_match(capsys, monkeypatch, name):
     assert rows[0]["match"].startswith("NO (")
 
 
-def test_layer_whose_bits_depend_on_company_is_reported(capsys, monkeypatch):
+def test_layer_whose_bits_depend_on_company_is_reported(capsys, monkeypatch, modules):
     operator = ops.moe_experts
 
     def depends(x: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -88,6 +96,31 @@ def test_layer_whose_bits_depend_on_company_is_reported(capsys, monkeypatch):
     status, rows, _ = run(capsys, "--layer", "--rows", "1,5")
     assert status == 1
     assert [row["same bits"] for row in rows[:2]] == ["yes", "NO"]
+
+
+def test_compiled_layers_are_a_further_side(capsys, tmp_path, monkeypatch):
+    """With a compiler that compiles nothing: a real one takes half a minute."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: seen.append(layer) or layer)
+    path = tmp_path / "layer.json"
+    status, _, _ = run(capsys, "--layer", "--rows", "2", "--compile", "--json", str(path))
+    assert status == 0
+    (row, _) = json.loads(path.read_text())["results"]
+    assert set(row["others"]) == {"eager", "grouped_mm", "compiled"}
+    assert len(seen) == json.loads(path.read_text())["settings"]["layers"]
+
+
+def test_layers_that_do_not_compile_are_named(capsys, monkeypatch):
+    def compiled(layer: object, dynamic: bool) -> object:
+        def fails(*_: object, **__: object) -> None:
+            raise ZeroDivisionError
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    status, rows, _ = run(capsys, "--layer", "--rows", "2", "--compile")
+    assert status == 0
+    assert rows[0]["note"].endswith("; torch.compile failed: ZeroDivisionError")
 
 
 @torch.inference_mode()
@@ -177,7 +210,7 @@ def test_model_of_random_weights(capsys, monkeypatch, together):
     assert tokens == pytest.approx(1e3 / ms, rel=0.01)
 
 
-def test_model_that_computes_otherwise_does_not_match(capsys, monkeypatch):
+def test_model_that_computes_otherwise_does_not_match(capsys, monkeypatch, modules):
     operator = ops.moe_experts
     monkeypatch.setattr(ops, "moe_experts", lambda x, *rest: -operator(x, *rest))
     status, rows, _ = run(capsys, "--model", "--rows", "4")
@@ -351,6 +384,99 @@ def test_bad_base_file(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(bench.BenchError, match=f"base.json: {message}"):
         bench.main(parse("--base", str(path)))
+
+
+# --base REF
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of the Python files alone; to build it is to take the libraries that are in use."""
+    if shutil.which("git") is None:
+        pytest.skip("wants git")
+    package = Path(blockdraft.__file__).parent
+    root = tmp_path / "checkout"
+    shutil.copytree(package, root / "python" / "blockdraft", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    git(root, "init", "--quiet")
+    libraries = [*blockdraft.loaded_libraries.values(), Path(_host.__file__)]
+    monkeypatch.setattr(revision, "repository", lambda: root)
+    monkeypatch.setattr(
+        revision, "build", lambda source, gpu: [shutil.copy(x, source / "python" / "blockdraft") for x in libraries]
+    )
+    monkeypatch.setattr(revision, "ROUNDS", 1)
+    return root
+
+
+SLOW_PYTORCH = """
+import time
+def _slow(*arguments, plain=VerifyTokens.pytorch):
+    time.sleep(0.01)
+    return plain(*arguments)
+VerifyTokens.pytorch = staticmethod(_slow)
+"""
+
+
+def test_base_revision(capsys, checkout):
+    """Where PyTorch is slow in the other revision, the operator stood better beside it."""
+    subject = checkout / "python" / "blockdraft" / "bench" / "subjects" / "verify_tokens.py"
+    subject.write_text(subject.read_text() + SLOW_PYTORCH)
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "--quiet", "-m", "x")
+    assert bench.main(parse("--rows", "2", "--ops", "verify_tokens", "--base", "HEAD")) == 3
+    assert "1 of 1 rows slower than HEAD by more than 10%" in capsys.readouterr().out
+
+
+def test_base_revision_that_is_none(checkout):
+    with pytest.raises(bench.BenchError, match="--base nothing: is neither a file nor a git revision of"):
+        bench.main(parse("--base", "nothing"))
+
+
+def test_revision_that_cannot_run(checkout):
+    (checkout / "python" / "blockdraft" / "bench" / "__main__.py").write_text("raise SystemExit(7)\n")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "--quiet", "-m", "x")
+    with pytest.raises(bench.BenchError, match="--base: the bench of HEAD ended with status 7"):
+        bench.main(parse("--base", "HEAD"))
+
+
+def test_revision_that_does_not_build(tmp_path):
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"wants {tool}")
+    (tmp_path / "CMakeLists.txt").write_text('message(FATAL_ERROR "no such luck")\n')
+    with pytest.raises(bench.BenchError, match="(?s)does not build.*no such luck"):
+        revision.build(tmp_path, gpu=False)
+
+
+def test_options_for_the_other_revision():
+    words = bench.options_of(
+        parse("--layer", "--rows", "1,4", "--base", "HEAD", "--json", "x.json", "--dtype", "bfloat16")
+    )
+    again = argparse.ArgumentParser()
+    bench.add_arguments(again)
+    assert "bfloat16" not in words
+    assert not {"--base", "--json"} & set(words)
+    args = again.parse_args(words)
+    assert (args.layer, args.rows, args.shapes, args.quick, args.threads) == (True, (1, 4), "tiny", True, 1)
+
+
+def test_rounds_are_merged():
+    rounds = []
+    for ratio in (2.0, 4.0, 3.0):
+        row = result(ratio, match=True, same_bits=ratio != 4.0)
+        rounds.append({"results": [row], "read_samples_gb_s": [ratio]})
+    report = revision.merged(rounds)
+    (row,) = report["results"]
+    assert (row["ratio"], row["match"], row["same_bits"]) == (3.0, True, False)
+    assert row["ratio_spread"] == pytest.approx(1 / 3)
+    assert report["read_limit_gb_s"] == 4.0
+    assert gate(result(4.0)).slower(row) is None  # 33% slower, but the rounds differ as much
+    assert gate(result(6.0)).slower(row) is not None
 
 
 @pytest.mark.parametrize(("text", "share"), [("10%", 0.1), ("0.05", 0.05), ("25%", 0.25)])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from blockdraft.bench import gpu, layer, report, whole
+from blockdraft.bench import gpu, layer, report, revision, whole
 from blockdraft.bench.gate import Gate
 from blockdraft.bench.measure import Budget, Measured, measure, read_bandwidth
 from blockdraft.bench.random_model import RANDOM, UNIFORM
@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cold-mb", type=positive, default=400.0, metavar="MB", help="well above the caches; default: %(default)s")
     add_larger(parser.add_argument_group("instead of operators").add_mutually_exclusive_group(), parser)
     group = parser.add_argument_group("regressions")
-    group.add_argument("--base", type=Path, metavar="FILE", help="results of an earlier run: fails where it was faster")
+    text = "results of an earlier run, or a git revision, which is built: fails where it was faster"
+    group.add_argument("--base", metavar="FILE|REF", help=text)
     text = "that may be lost, beside the spread; default: %(default)s"
     group.add_argument("--tolerance", type=share, default="10%", metavar="SHARE", help=text)
     # For the tests.
@@ -121,20 +122,52 @@ def main(args: argparse.Namespace) -> int:
         print(report.load(args.render))
         return 0
     check(args)
+    if args.base and not is_file(args.base):
+        return beside_revision(args)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or threads)
         with torch.inference_mode(), torch.device(gpu.DEVICE if args.device == "cuda" else "cpu"):
-            gate = Gate.load(args.base, args.tolerance, settings_of(args)) if args.base else None
+            gate = Gate.load(Path(args.base), args.tolerance, settings_of(args)) if args.base else None
             results = collect(args, gate)
     finally:
         torch.set_num_threads(threads)
+    return conclude(args, results, gate)
+
+
+def conclude(args: argparse.Namespace, results: dict[str, Any], gate: Gate | None) -> int:
+    """Prints and saves; the exit status."""
     print(report.render(results))
     if args.json:
         report.save(results, args.json)
     slower = gate is not None and gate.report(results["results"])
     wrong = any(row["match"] is False or not row["same_bits"] for row in results["results"])
     return DIFFERENT if wrong else SLOWER if slower else 0
+
+
+def is_file(base: str) -> bool:
+    """Whether --base means a file, be it there or not."""
+    return base.endswith(".json") or Path(base).is_file()
+
+
+def beside_revision(args: argparse.Namespace) -> int:
+    earlier, results = revision.compare(args.base, options_of(args))
+    return conclude(args, results, Gate.of(Path(args.base), earlier, args.tolerance, results["settings"]))
+
+
+def options_of(args: argparse.Namespace) -> list[str]:
+    """The options that are not the default, as words: an older revision need not know the others."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults, words = parser.parse_args([]), []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in ("help", "base", "tolerance", "json", "render") or value == getattr(defaults, action.dest):
+            continue
+        words.append(action.option_strings[0])
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return words
 
 
 def kind_of(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""`blockdraft bench --base FILE`: what became slower since a saved run.
+"""`blockdraft bench --base`: what became slower since a saved run, or beside another revision.
 
 Compared are ratios to the other side of the same run, so that another machine or a slow hour changes little. What looks
 slower is measured again, twice if need be, and counts if it looks so every time.
@@ -50,7 +50,10 @@ class Gate:
     @staticmethod
     def load(path: Path, tolerance: float, settings: dict[str, Any]) -> "Gate":
         """Raises BenchError for a file that is no such result, or one of another kind, type, shape or device."""
-        earlier = report.read(path)
+        return Gate.of(path, report.read(path), tolerance, settings)
+
+    @staticmethod
+    def of(path: Path, earlier: dict[str, Any], tolerance: float, settings: dict[str, Any]) -> "Gate":
         theirs = DEFAULTS | earlier["settings"]
         for name in ALIKE:
             if theirs.get(name) != settings[name]:
@@ -89,7 +92,7 @@ class Gate:
         return bool(found)
 
 
-def uncertainties(row: Row) -> tuple[float, float]:
-    """Relative, of both sides' medians: about the standard error, as quartiles lie 1.35 deviations apart."""
-    scale = row["repeats"] ** -0.5
-    return scale * row["iqr_ms"] / row["median_ms"], scale * row["torch_iqr_ms"] / row["torch_median_ms"]
+def uncertainties(row: Row) -> tuple[float, ...]:
+    """Relative: about the standard errors of both medians, as quartiles lie 1.35 deviations apart, and of rounds."""
+    scale, rounds = row["repeats"] ** -0.5, row.get("ratio_spread", 0.0)
+    return scale * row["iqr_ms"] / row["median_ms"], scale * row["torch_iqr_ms"] / row["torch_median_ms"], rounds
