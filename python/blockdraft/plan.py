@@ -442,7 +442,7 @@ class Planner:
         plain, best = alike[0], max(alike, key=rate)
         if rate(best) < LEAST_GAIN * rate(plain):
             best = plain
-        if n == 1:
+        if all(options is choices[0] for options in choices):
             return best
         value, rows = rate(best), sum(o.mean_rows for o in best)
         price = value * (self.costs.time(rows + 8, n) - self.costs.time(rows, n)) / 8
