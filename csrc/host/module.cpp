@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "common/cpu_isa.h"
+#include "common/huge_pages.h"
 #include "host/ngram_index.h"
 #include "host/read_bandwidth.h"
 
@@ -25,6 +26,8 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "cpu_isa", [] { return blockdraft::kCpuIsaNames[static_cast<int>(blockdraft::cpu_isa())]; },
       "Instruction set the CPU kernels use: base, avx2 or avx512.");
+  m.def("use_huge_pages", &blockdraft::use_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Asks for pages of 2 MB for memory that has not been touched yet; does nothing where there are none.");
   m.def("read_bandwidth", &blockdraft::read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(),
         "GB/s (1e9 bytes) at which the threads together read a buffer of this size: the best of the repeats.");

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blockdraft import ops
+from blockdraft.model.memory import new_stack
 
 BLOCK = 16  # rows of a verified block, and of a mask group
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
@@ -77,14 +78,21 @@ class Setting:
     def copies(self, *tensors: Tensor) -> "Copies":
         return Copies(tensors, self.cold_bytes)
 
+    def packed_copies(self, *tensors: Tensor) -> "Copies":
+        """In memory like that of a model's packed weights."""
+        return Copies(tensors, self.cold_bytes, packed=True)
+
 
 class Copies:
     """Copies of a layer's weights; call number `turn` reads one that went longest without being read."""
 
-    def __init__(self, tensors: Sequence[Tensor], cold_bytes: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], cold_bytes: int, packed: bool = False) -> None:
         self.bytes = nbytes(*tensors)
         self.count = max(1, math.ceil(cold_bytes / self.bytes))
-        self.stacks = [t.expand(self.count, *t.shape).contiguous() for t in tensors]  # no copying where count is 1
+        self.stacks = [new_stack(t, self.count).copy_(t) if packed else self._stack(t) for t in tensors]
+
+    def _stack(self, t: Tensor) -> Tensor:
+        return t.expand(self.count, *t.shape).contiguous()  # no copying where count is 1
 
     def __getitem__(self, turn: int) -> tuple[Tensor, ...]:
         return tuple(stack[turn % self.count] for stack in self.stacks)

@@ -11,6 +11,7 @@ from blockdraft.cache import Transaction
 from blockdraft.errors import ConfigError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.layers import DecoderLayer, LayerCache, PackedLinear, Read, ResidualNorm
+from blockdraft.model.memory import new_stack
 from blockdraft.model.tensor_names import SCALES
 from blockdraft.model.weights import Checkpoint
 from blockdraft.ops.decoder_forward import EXPERT_SCALES, LAYER_WEIGHTS, MODEL_WEIGHTS
@@ -129,7 +130,7 @@ def _move_into(stacks: dict[str, Tensor], module: DecoderLayer, layer: int, laye
         if weight is None:  # the router of layer 0 has no state before it
             continue
         if name not in stacks:
-            stacks[name] = weight.new_empty(layers - layer, *weight.shape)
+            stacks[name] = new_stack(weight, layers - layer)
         setattr(owner, leaf, nn.Buffer(stacks[name][layer - layers].copy_(weight)))
 
 

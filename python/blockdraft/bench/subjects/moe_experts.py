@@ -80,10 +80,10 @@ def subjects(setting: Setting) -> Iterator[Subject]:
     E, H, inner = setting.shapes.experts, setting.shapes.hidden_size, setting.shapes.intermediate_size
     gate_up = setting.normal(E, 2 * inner, H, scale=H**-0.5)
     down = setting.normal(E, H, inner, scale=inner**-0.5)
-    packed = setting.copies(ops.pack_weight(gate_up, halves=2), ops.pack_weight(down))
+    packed = setting.packed_copies(ops.pack_weight(gate_up, halves=2), ops.pack_weight(down))
     yield Subject("moe_experts", partial(MoeExperts, setting, packed, (), setting.copies(gate_up, down)))
     (up_values, up_scales), (down_values, down_scales) = quantized(gate_up), quantized(down)
-    packed = setting.copies(ops.pack_weight(up_values, halves=2), ops.pack_weight(down_values))
+    packed = setting.packed_copies(ops.pack_weight(up_values, halves=2), ops.pack_weight(down_values))
     scales = up_scales.squeeze(-1), down_scales.squeeze(-1)
     plain = setting.copies((up_values * up_scales).to(setting.dtype), (down_values * down_scales).to(setting.dtype))
     yield Subject("moe_experts, int8", partial(MoeExperts, setting, packed, scales, plain))

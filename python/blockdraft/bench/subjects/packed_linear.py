@@ -37,7 +37,7 @@ def subjects(setting: Setting) -> Iterator[Subject]:
     s = setting.shapes
     for name, inputs, outputs in (("qkv", s.hidden_size, s.qkv_width), ("o", s.heads * s.head_dim, s.hidden_size)):
         weight = setting.normal(outputs, inputs, scale=inputs**-0.5)
-        packed = setting.copies(ops.pack_weight(weight))
+        packed = setting.packed_copies(ops.pack_weight(weight))
         yield Subject(
             f"packed_linear {name} {inputs}->{outputs}",
             partial(PackedLinear, setting, packed, setting.copies(weight)),
