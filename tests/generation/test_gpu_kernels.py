@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blockdraft import SamplingParams, ZayaForCausalLM
+from blockdraft.quantize import quantize
 from blockdraft.runner import EagerRunner, GraphRunner, decode
 from blockdraft.steps import Block, make_step
 from conftest import BACKENDS, load_backend, marked
@@ -57,6 +58,14 @@ def test_lossless_equals_plain_decoding(device, tiny_folder, dtype, way):
     laws = [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3}, {"temperature": 1.2, "top_p": 0.8, "seed": 4}]
     plain = [SamplingParams(sampler="ar", max_tokens=12, **law) for law in laws]
     blocks = [SamplingParams(sampler="lossless", max_tokens=12, **law, **WAYS[way]) for law in laws]
+    assert tokens(model, blocks) == tokens(model, plain)
+
+
+def test_lossless_equals_plain_decoding_with_experts_of_int8(device, tiny_folder, tmp_path):
+    quantize(tiny_folder, tmp_path / "int8", progress=False)
+    model = load(tmp_path / "int8", "bfloat16", device)
+    plain = [SamplingParams(sampler="ar", max_tokens=8, temperature=0.9, seed=seed) for seed in range(3)]
+    blocks = [SamplingParams(max_tokens=8, temperature=0.9, seed=seed, groups=1) for seed in range(3)]
     assert tokens(model, blocks) == tokens(model, plain)
 
 
