@@ -10,9 +10,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "nano"))
 pytest.importorskip("matplotlib")
 ci = pytest.importorskip("ci")
+import ablation  # noqa: E402
 import data  # noqa: E402
 import own_text  # noqa: E402
 import train  # noqa: E402
+from blockdraft import convert  # noqa: E402
 
 TRAINING = ["--size", "tiny", "--batch", "4", "--length", "48", "--block-length", "8", "--max-bytes", "100000"]
 
@@ -96,6 +98,17 @@ def test_some_of_the_text_is_split_like_all_of_it():
     assert 300_000 <= sum(len(text) for _, text in train_files) < 400_000
     assert not any(data.is_held_out(path) for path, _ in train_files)
     assert all(data.is_held_out(path) for path, _ in held_out)
+
+
+def test_ablation(tmp_path):
+    size = ["--size", "tiny", "--max-bytes", "200000"]
+    ablation.main([str(tmp_path), *size, "--seeds", "1", "--base-steps", "10", "--steps", "4"])
+    rows = json.loads((tmp_path / "ablation.json").read_text())
+    arms = {arm: rows[arm][0] for arm in ablation.ARMS}
+    assert len({arm["held_out_diffusion"] for arm in arms.values()}) == 4
+    assert arms["control"]["held_out_diffusion"] > max(arms[name]["held_out_diffusion"] for name in ("prefix", "mask"))
+    parents = [convert.load(tmp_path / f"{arm}-0").config.mask_parent for arm in ("prefix", "mask", "zero")]
+    assert parents == ["anchor", "previous", "none"]
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [([1, 2] * 10, True), (list(range(20)), False), ([5] * 20, True)])
