@@ -16,6 +16,7 @@ from blockdraft import ops
 from blockdraft.pieces import moved
 from blockdraft.reference.lm_head_choose import philox
 from blockdraft.sampler import SamplingParams
+from blockdraft.steps import as_tensors
 
 if TYPE_CHECKING:
     from blockdraft.model.heads import Heads
@@ -112,20 +113,13 @@ def _goes_by_logits(heads: "Heads", ask: Ask) -> bool:
 def columns_of(asks: list[Ask], device: torch.device) -> list[Tensor]:
     """temperature, top_k, top_p, min_p, seeds, samples, positions of all rows, as the operators take them."""
     rows = [(ask.params, ask.sample.index | ask.stream, ask.position + i) for ask in asks for i in range(len(ask.rows))]
-
-    def column(dtype: torch.dtype, values: list) -> Tensor:
-        return torch.tensor(values, dtype=dtype)
-
-    columns = [
-        column(torch.float32, [p.temperature for p, _, _ in rows]),
-        column(torch.int32, [p.top_k or 0 for p, _, _ in rows]),
-        column(torch.float32, [p.top_p for p, _, _ in rows]),
-        column(torch.float32, [p.min_p for p, _, _ in rows]),
-        column(torch.int64, [p.seed for p, _, _ in rows]),
-        column(torch.int32, [sample for _, sample, _ in rows]),
-        column(torch.int32, [position for _, _, position in rows]),
-    ]
-    return moved(columns, device)
+    params = [p for p, _, _ in rows]
+    floats = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]
+    ints = [p.top_k or 0 for p in params], [sample for _, sample, _ in rows], [position for _, _, position in rows]
+    temperature, top_p, min_p = as_tensors(floats, torch.float32)
+    top_k, samples, positions = as_tensors(ints, torch.int32)
+    seeds = torch.tensor([p.seed for p in params], dtype=torch.int64)
+    return moved([temperature, top_k, top_p, min_p, seeds, samples, positions], device)
 
 
 def _choose(heads: "Heads", asks: list[Ask], states: list[Tensor]) -> list[Decided]:

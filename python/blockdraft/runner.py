@@ -25,7 +25,7 @@ from torch import Tensor
 from blockdraft import ops
 from blockdraft.cache import Cache, CachedSequence, Transaction
 from blockdraft.pieces import room_for, views
-from blockdraft.steps import EMPTY_SLOT, Step
+from blockdraft.steps import EMPTY_SLOT, Step, as_tensors
 
 if TYPE_CHECKING:
     from blockdraft.model.zaya import ZayaForCausalLM
@@ -72,14 +72,16 @@ class Inputs(Step):
         source = list(range(T))
         for row, head in verified:
             source[row] = T + head
+        decides, sources = as_tensors((head_rows, source), torch.int64)
+        causal, most = as_tensors((lengths, limits), torch.int32)
         return Inputs(
             **vars(step),
             **dict(zip(LAWS, laws, strict=True)),
-            head_rows=torch.tensor(head_rows, dtype=torch.int64),
+            head_rows=decides,
             known=step.token_ids.roll(-1),
-            source=torch.tensor(source, dtype=torch.int64),
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            limits=torch.tensor(limits, dtype=torch.int32),
+            source=sources,
+            lengths=causal,
+            limits=most,
         )
 
 
