@@ -34,8 +34,9 @@ LOSS_SHARE, FIRST_LOSSES = 0.005, 2.0
 LEAST_GAIN = 1.1
 LEAST_REACHED = 0.05  # a draft that holds more rarely than this is the last one of a block that is thought of
 # Following a text and planning blocks that hardly pay takes some 8 us a token: 6% of the bundled model's forward for
-# eight sequences. Where n-grams gained less, over some hundred tokens, they rest for fifteen of sixteen periods.
-FOLLOWING_MS, LEAST_FOLLOWED, MOST_RESTS = 0.008, 256, 15
+# eight sequences. Where n-grams gained less, over some hundred tokens, they rest for 63 of 64 periods; one without gain
+# costs up to a tenth of its time.
+FOLLOWING_MS, LEAST_FOLLOWED, MOST_RESTS = 0.008, 256, 63
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
 
 Kind = tuple[str, str]  # of drafts: whose they are, and how they are tested

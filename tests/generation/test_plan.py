@@ -227,7 +227,7 @@ def test_a_block_to_verify_has_its_own_cost():
 
 
 def test_texts_are_followed_while_that_pays():
-    """For some hundred tokens at first; without gain one period in sixteen; with gain, on and on."""
+    """For some hundred tokens at first; without gain one period in 64; with gain, on and on."""
 
     def periods(count, gained):
         watch, found = Watch(), []
@@ -238,7 +238,7 @@ def test_texts_are_followed_while_that_pays():
                 watch.gained += gained
         return found
 
-    assert periods(36, 0.0) == [True, True] + ([False] * 15 + [True]) * 2 + [False] * 2
+    assert periods(132, 0.0) == [True, True] + ([False] * 63 + [True]) * 2 + [False] * 2
     assert all(periods(36, 1.01 * FOLLOWING_MS * 128))
     assert not all(periods(36, 0.99 * FOLLOWING_MS * 128))
 
