@@ -290,10 +290,9 @@ def test_trained_adapters_come_back_and_plain_decoding_keeps_its_bits(tmp_path):
     with torch.no_grad():
         again = convert.load(tmp_path / "out")(batch.input_ids, batch.rows)
         assert torch.equal(again, model(batch.input_ids, batch.rows))
-    before, after = (
-        ZayaForCausalLM.from_pretrained(folder, dtype=torch.float32, progress=False)
-        for folder in (source, tmp_path / "out")
-    )
+    before = ZayaForCausalLM.from_pretrained(source, dtype=torch.float32, progress=False)
+    with pytest.warns(UserWarning, match="is not used"):
+        after = ZayaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, progress=False)
     assert torch.equal(before.logits(tokens), after.logits(tokens))
 
 
@@ -353,6 +352,18 @@ def test_transformers_loads_what_is_saved(tmp_path):
     with torch.no_grad():
         ours, expected = model(tokens), theirs.eval()(tokens, use_cache=False).logits
     assert (ours - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+def test_adapters_that_generation_leaves_out_are_named(tmp_path):
+    """A warning as long as they lie there; a model saved without takes an older one's away."""
+    model, plain = random_model(tiny_config()), random_model(tiny_config())
+    convert.add_adapters(model, 2)
+    convert.save(model, tmp_path)
+    with pytest.warns(UserWarning, match="draft_adapter.safetensors is not used"):
+        ZayaForCausalLM.from_pretrained(tmp_path, progress=False)
+    convert.save(plain, tmp_path)
+    ZayaForCausalLM.from_pretrained(tmp_path, progress=False)
+    assert not (tmp_path / "draft_adapter.safetensors").exists()
 
 
 def test_damaged_adapters_are_refused(tmp_path):

@@ -15,12 +15,11 @@ from blockdraft.convert.adapter import adapted, add_adapters
 from blockdraft.errors import CheckpointError, ConfigError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.config_styles import quantization_config
-from blockdraft.model.weights import SINGLE_FILE, Checkpoint, resolve_folder
+from blockdraft.model.weights import ADAPTER_FILE, SINGLE_FILE, Checkpoint, resolve_folder
 from blockdraft.reference.model import ZayaReference
 
 # What the convolutions of a mask row look back on, and the config's word for it.
 MASK_CONTEXTS = {"prefix": "anchor", "mask": "previous", "zero": "none"}
-ADAPTER_FILE = "draft_adapter.safetensors"
 COPIED = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 
@@ -128,6 +127,8 @@ def save(
     _write_tensors(folder / SINGLE_FILE, weights, dtype)
     if adapters:
         _write_tensors(folder / ADAPTER_FILE, adapters, dtype)
+    else:
+        (folder / ADAPTER_FILE).unlink(missing_ok=True)  # of another model
     write_text(folder / "config.json", json.dumps(config_dict(model.config, dtype), indent=2) + "\n")
     for pattern in COPIED if files_from is not None else ():
         for file in Path(files_from).glob(pattern):

@@ -24,6 +24,7 @@ from blockdraft.model.safetensors_header import MAX_HEADER_BYTES, NAME_RULE, TEN
 from blockdraft.model.tensor_names import SCALES, expected_shapes, is_quantized, legacy_names
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_FILE = "draft_adapter.safetensors"  # of `blockdraft.convert`
 REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 # Tied, so not used even where a file has it.
