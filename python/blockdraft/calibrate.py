@@ -1,20 +1,22 @@
-"""`blockdraft calibrate`: how long a forward takes by its rows, on this machine, for `blockdraft.plan`."""
+"""`blockdraft calibrate`: how long a step takes by its rows, on this machine, for `blockdraft.plan`."""
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from blockdraft import ops
-from blockdraft.decide import Ask, decide
+from blockdraft.cache import Cache, CachedSequence
+from blockdraft.decide import Ask, columns_of, decide
 from blockdraft.errors import RequestError
 from blockdraft.plan import CostTable, table_path
 from blockdraft.processors import Processors
+from blockdraft.runner import Inputs
 from blockdraft.sample import Sample
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import AR, VERIFY, Block, make_step
@@ -30,63 +32,102 @@ DECODED, DRAFTS = 32, 7  # tokens of a generation with and without drafts to ver
 
 
 class Forward:
-    """One forward, repeatable: `sequences` sequences with `rows` causal rows each, after `context` tokens.
+    """One decode step, repeatable: the sequences with `rows` causal rows each, after the tokens that they have.
 
-    What is timed is a decode step without its bookkeeping: rows laid out, layers, LM head and choice, verification,
-    commit of nothing; with `late`, a second choice, as for the drafts of a mask group that is known after verification.
+    It goes through the model's runner, as steps of generation do: rows laid out, padded where the runner pads, layers,
+    LM head and choice, verification, commit of nothing; with `late`, a second choice, as for the drafts of a mask group
+    that is known after verification.
     """
 
-    def __init__(self, model: "ZayaForCausalLM", sequences: int, rows: int, context: int, late: bool = False) -> None:
-        self.model, self.rows, self.late = model, rows, late
-        self.cache = model.new_cache(sequences * (context + rows), sequences)
-        self.sequences = [self.cache.allocate(context + rows) for _ in range(sequences)]
+    def __init__(
+        self,
+        model: "ZayaForCausalLM",
+        cache: Cache,
+        sequences: Sequence[CachedSequence],
+        rows: int,
+        late: bool = False,
+    ) -> None:
+        self.model, self.cache, self.sequences, self.rows, self.late = model, cache, sequences, rows, late
         params = SamplingParams(seed=0)
-        self.samples = [Sample([0], params, i, 0, None, Processors(), frozenset()) for i in range(sequences)]
-        for sequence in self.sequences:
-            sequence.length = context
+        self.samples = [Sample([0], params, i, 0, None, Processors(), frozenset()) for i in range(len(sequences))]
         self.generator = torch.Generator().manual_seed(rows)
 
     @torch.inference_mode()
     def run(self) -> float:
         """Seconds, with other tokens each time, as in a decoding loop: experts of the same ones stay in the cache."""
-        model, cache, shape = self.model, self.cache, (len(self.sequences), self.rows)
-        tokens = torch.randint(model.config.vocab_size, shape, generator=self.generator).tolist()
+        model, count = self.model, len(self.sequences)
+        tokens = torch.randint(model.config.vocab_size, (count, self.rows), generator=self.generator).tolist()
         started = time.perf_counter()
-        blocks = [Block(s.length, s.slot, s.pages, t) for s, t in zip(self.sequences, tokens, strict=True)]
-        step = make_step(blocks, cache.page_size, model.config.mask_parent).to(model.device)
-        transaction = cache.begin(step, self.sequences)
-        states = model.decoder(transaction)
-        self._choose(states)
-        counts = torch.full((len(blocks),), self.rows, dtype=torch.int32, device=model.device)
-        verified = ops.verify_tokens(step.token_ids, step.token_ids, step.cu_rows, counts, torch.zeros_like(counts))
-        transaction.commit(verified[1].tolist(), verified[2])
+        step = make_step(self._blocks(tokens), self.cache.page_size, model.config.mask_parent)
+        asks = self._asks()
+        rows = [row for ask in asks for row in ask.rows]
+        verified = [(row, head) for head, row in enumerate(rows)]
+        laws = columns_of(asks, torch.device("cpu"))
+        x = Inputs.of(step, rows, laws, verified, [self.rows] * count, [0] * count)
+        outcome = model.runner.decode(self.cache, x)
         if self.late:
-            self._choose(states)
+            decide(model.heads, outcome.hidden_states, asks)
         return time.perf_counter() - started
 
-    def _choose(self, states: torch.Tensor) -> None:
-        first, length, count = range(0, len(states), self.rows), self.sequences[0].length, min(self.rows, HEAD_ROWS)
-        asks = [Ask(s, range(i, i + count), length) for s, i in zip(self.samples, first, strict=True)]
-        decide(self.model.heads, states, asks)
+    def _blocks(self, tokens: list[list[int]]) -> list[Block]:
+        """With as many pages as a sequence of this length has."""
+        return [
+            Block(s.length, s.slot, s.pages[: self.cache.pages_for(s.length + self.rows)], own)
+            for s, own in zip(self.sequences, tokens, strict=True)
+        ]
+
+    def _asks(self) -> list[Ask]:
+        count = min(self.rows, HEAD_ROWS)
+        firsts = range(0, self.rows * len(self.sequences), self.rows)
+        return [
+            Ask(sample, range(first, first + count), s.length + 1)
+            for sample, s, first in zip(self.samples, self.sequences, firsts, strict=True)
+        ]
 
 
 def measure(model: "ZayaForCausalLM", context: int = 128, rounds: int = 7) -> CostTable:
     """Medians over rounds that visit all sizes in turn, so that a slow minute of the machine hits all alike."""
     room = model.config.max_position_embeddings - ROWS[-1]
     context = max(1, min(context, room))
-    forwards: dict[int | str, Forward] = {rows: Forward(model, 1, rows, context) for rows in ROWS}
-    forwards["batch"] = Forward(model, BATCH, 1, context)
-    forwards["late"] = Forward(model, 1, HEAD_ROWS, context, late=True)
+    table = _measure_steps(model, context, rounds)
+    return replace(table, verify_ms=_verify_ms(model, table, context, rounds), source="measured")
+
+
+def _measure_steps(model: "ZayaForCausalLM", context: int, rounds: int) -> CostTable:
+    needed = [context + ROWS[-1], *[context + 1] * (BATCH - 1)]
+    cache = model.runner.open(sum(needed), BATCH)
+    sequences = [cache.allocate(tokens) for tokens in needed]
+    try:
+        for sequence in sequences:
+            sequence.length = context
+        ms = _medians(_forwards(model, cache, sequences), rounds)
+    finally:
+        for sequence in sequences:
+            cache.release(sequence)
+        model.runner.close(cache)
+    each = max(0.0, (ms["batch"] - ms[BATCH]) / (BATCH - 1))
+    late = max(0.0, ms["late"] - ms[HEAD_ROWS])
+    return CostTable(ROWS, tuple(ms[rows] for rows in ROWS), each, late)
+
+
+def _forwards(model: "ZayaForCausalLM", cache: Cache, sequences: list[CachedSequence]) -> dict[int | str, Forward]:
+    forwards: dict[int | str, Forward] = {rows: Forward(model, cache, sequences[:1], rows) for rows in ROWS}
+    forwards["batch"] = Forward(model, cache, sequences, 1)
+    forwards["late"] = Forward(model, cache, sequences[:1], HEAD_ROWS, late=True)
+    return forwards
+
+
+def _medians(forwards: dict[int | str, Forward], rounds: int) -> dict[int | str, float]:
+    """Milliseconds."""
+    for forward in forwards.values():  # a graph is captured when its shape comes the second time
+        forward.run()
+        forward.run()
     times: dict[int | str, list[float]] = {name: [] for name in forwards}
     for _ in range(rounds):
         for name, forward in forwards.items():
             forward.run()  # a decoding loop finds a small model's weights in the cache, and so shall the next ones
             times[name] += [forward.run() for _ in range(REPEATS)]
-    ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    each = max(0.0, (ms["batch"] - ms[BATCH]) / (BATCH - 1))
-    late = max(0.0, ms["late"] - ms[HEAD_ROWS])
-    table = CostTable(ROWS, tuple(ms[rows] for rows in ROWS), each, late)
-    return replace(table, verify_ms=_verify_ms(model, table, context, rounds), source="measured")
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def _verify_ms(model: "ZayaForCausalLM", table: CostTable, context: int, rounds: int) -> float:
@@ -109,6 +150,7 @@ def _verify_ms(model: "ZayaForCausalLM", table: CostTable, context: int, rounds:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=128, metavar="N", help="tokens before (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s; ROCm is cuda, too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: where the planner looks for it")
     parser.add_argument("--json", action="store_true")
 

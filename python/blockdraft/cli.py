@@ -20,12 +20,13 @@ BAD_INPUT = 2  # the exit status argparse has for it, too
 DIFFERENT = 1
 
 
-def load(args: argparse.Namespace) -> blockdraft.ZayaForCausalLM:
+def load(args: argparse.Namespace, device: str = "cpu") -> blockdraft.ZayaForCausalLM:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return blockdraft.ZayaForCausalLM.from_pretrained(
         args.model or blockdraft.bundled_model(),
         dtype=DTYPES[args.dtype],
+        device=device,
         mask_token_id=args.mask_token_id,
         progress=args.model is not None,  # the bundled model takes less time than a bar to appear
     )
@@ -120,7 +121,7 @@ def show_info(args: argparse.Namespace) -> int:
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
-    return calibrate.main(load(args), args)
+    return calibrate.main(load(args, args.device), args)
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockdraft import SamplingParams, ZayaForCausalLM, runner
+from blockdraft import SamplingParams, ZayaForCausalLM, calibrate, runner
 from blockdraft.cache import Cache, Transaction
+from blockdraft.calibrate import Forward
 from blockdraft.runner import Buffers, EagerRunner, GraphRunner, Inputs, Shape
 from blockdraft.steps import EMPTY_SLOT, Block, Group, Step, make_step
 from generation.recording import CaptureError, RecordingCapture, use_graphs
@@ -430,3 +431,50 @@ def test_every_field_is_padded(tiny):
     assert set(shape.sizes(inputs_of(step, 1))) == {f.name for f in fields(Inputs)}
     assert shape.sizes(step)["row_slots"] == (20,)
     assert shape.sizes(step)["state_slots"] == (3,)
+
+
+# What `blockdraft calibrate` times
+
+
+def test_calibrate_times_replays(model, monkeypatch):
+    """Every timed step is the replay of a graph that was captured before, and the kept cache is left as it was."""
+    graphs = use_graphs(model)
+    runs, shapes = [], []
+    run, decode, verify_ms = Forward.run, GraphRunner.decode, calibrate._verify_ms
+
+    def watched(forward: Forward) -> float:
+        before = graphs.capture.captures, graphs.capture.replays
+        assert run(forward) > 0
+        captures, replays = graphs.capture.captures - before[0], graphs.capture.replays - before[1]
+        runs.append((captures, replays))
+        return 1.0 if (captures, replays) == (0, 1) else 1e9
+
+    def counted(self: GraphRunner, cache: Cache, x: Inputs) -> runner.Outcome:
+        shapes.append((len(x.lengths), len(x.token_ids), len(x.head_rows)))
+        return decode(self, cache, x)
+
+    def afterwards(*arguments: object) -> float:
+        assert not graphs.lent
+        assert len(graphs.cache.free_pages) == graphs.cache.num_pages
+        assert not any(x.any() for x in whole(graphs.cache)[2:])  # nothing was committed
+        return verify_ms(*arguments)
+
+    monkeypatch.setattr(Forward, "run", watched)
+    monkeypatch.setattr(calibrate, "_verify_ms", afterwards)
+    monkeypatch.setattr(GraphRunner, "decode", counted)
+    monkeypatch.setattr(calibrate, "ROWS", (1, 8, 16, 19))
+    monkeypatch.setattr(calibrate, "REPEATS", 1)
+    table = calibrate.measure(model, context=16, rounds=1)
+    assert table.ms == (1e3,) * 4
+    assert runs[-12:].count((0, 1)) == 12
+    assert {(1, 1, 1), (1, 8, 8), (1, 16, 16), (1, 19, 16), (8, 8, 8)} <= set(shapes)
+    assert_same_tokens(model, requests(4, 4, DEVICE_WAYS))
+
+
+def test_calibrate_gives_its_cache_back_where_a_step_fails(model, monkeypatch):
+    graphs = use_graphs(model)
+    monkeypatch.setattr(GraphRunner, "decode", lambda self, cache, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate.measure(model, context=16, rounds=1)
+    assert not graphs.lent
+    assert len(graphs.cache.free_pages) == graphs.cache.num_pages
