@@ -150,7 +150,7 @@ def _verify_ms(model: "ZayaForCausalLM", table: CostTable, context: int, rounds:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=128, metavar="N", help="tokens before (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s; ROCm is cuda, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s; ROCm: cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: where the planner looks for it")
     parser.add_argument("--json", action="store_true")
 
