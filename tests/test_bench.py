@@ -1,6 +1,7 @@
 """`blockdraft bench` at a small geometry: what it reports, and that what is wrong shows as wrong."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -279,6 +280,8 @@ def test_gpu_run_without_its_clock(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "no GPU", "cuda": "0.0"})
     monkeypatch.setattr(gpu, "has_kernel", lambda op: op != "cca_mix")
     monkeypatch.setattr(gpu, "unit", unit)
+    counter = itertools.count(7, 3)
+    monkeypatch.setattr(gpu, "gpu_launches", lambda: next(counter))
     monkeypatch.setattr(gpu, "seconds_of", lambda run: (run(), 1e-3)[1])
     options = ["--device", "cuda", "--rows", "1,17", "--cold-mb", "1"]
     status, rows, printed = run(capsys, *options, "--ops", "packed_linear,cca_mix")
@@ -288,6 +291,7 @@ def test_gpu_run_without_its_clock(capsys, monkeypatch):
     assert [row["op"] for row in rows] == ["packed_linear qkv 64->128"] * 2 + ["packed_linear o 64->64"] * 2
     assert {row["blockdraft ms"] for row in rows} == {"0.025"}  # 1 ms a graph
     assert {row["note"] for row in rows} == {"PyTorch without a graph"}
+    assert {row["launches"] for row in rows} == {"3"}
     assert len({arguments[1].data_ptr() for arguments in turns[0]}) > 1  # the calls take weights by turns
     with pytest.raises(bench.BenchError, match="no GPU kernel of cca_mix"):
         run(capsys, *options, "--ops", "cca_mix")

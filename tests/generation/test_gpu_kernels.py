@@ -1,13 +1,15 @@
 """A whole model on the GPU kernels: on the CPU emulator everywhere, and on the GPU where there is one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockdraft import SamplingParams, ZayaForCausalLM
+from blockdraft import SamplingParams, ZayaForCausalLM, bundled_model, gpu_launches
 from blockdraft.quantize import quantize
-from blockdraft.runner import EagerRunner, GraphRunner, decode
+from blockdraft.runner import EagerRunner, GraphRunner, decode, forward
 from blockdraft.steps import Block, make_step
 from conftest import BACKENDS, load_backend, marked
 from generation.conftest import DTYPES
@@ -102,19 +104,72 @@ def test_graphs_give_the_tokens_of_steps_as_they_come(device, tiny_folder, dtype
     assert any(graph.captured for graph in graphs.graphs.values())
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-def test_launches_of_a_step(device, tiny_folder, rows):
-    """Eleven a layer. Others: embedding, first norm, two of the head, verification, commit, and four of PyTorch's."""
-    if device != "cpu":
-        pytest.skip("the emulator counts")
-    model = load(tiny_folder, "bfloat16", device)
-    cache = model.new_cache(64, 1)
+@pytest.fixture
+def nano(device) -> ZayaForCausalLM:
+    return ZayaForCausalLM.from_pretrained(bundled_model(), device=device, progress=False)
+
+
+def launches(device: str) -> int:
+    return torch.ops.blockdraft.launches() if device == "cpu" else gpu_launches()
+
+
+PER_LAYER = {
+    "packed_linear": 2,
+    "cca_mix": 1,
+    "block_attention": 2,
+    "residual_norm": 2,
+    "moe_router": 2,
+    "moe_experts": 2,
+}
+PER_FORWARD = {"packed_embedding": 1, "residual_norm": 1}
+
+
+@pytest.mark.parametrize("rows", [1, 16], ids=["ar", "verify"])
+def test_launches_of_a_step(device, nano, rows):
+    """Of the operators, and of PyTorch: a gather of rows, two joins, and another gather."""
+    cache = nano.new_cache(64, 1)
     sequence = cache.allocate(40)
-    x = inputs_of(make_step([Block(0, sequence.slot, sequence.pages, [7] * rows)], cache.page_size), rows)
-    before, tape = torch.ops.blockdraft.launches(), Tape([*model.decoder.buffers(), *whole(cache), *vars(x).values()])
-    with torch.inference_mode(), tape:
-        decode(model, cache, x)
-    assert torch.ops.blockdraft.launches() - before == 11 * model.config.num_hidden_layers + 6
+    step = make_step([Block(0, sequence.slot, sequence.pages, [7] * rows)], cache.page_size)
+    x = inputs_of(step, rows).to(nano.device)
+    with torch.inference_mode():
+        before = launches(device)
+        forward(nano, cache, x)
+        layers = launches(device) - before
+        before, tape = launches(device), Tape([*nano.decoder.buffers(), *whole(cache), *vars(x).values()])
+        with tape:
+            decode(nano, cache, x)
+    assert layers == sum(PER_LAYER.values()) * nano.config.num_hidden_layers + sum(PER_FORWARD.values())
+    assert launches(device) - before == layers + 4  # two of the head, verification, commit
     ours = [call for call in tape.calls if call.op.namespace == "aten"]
     views = [call for call in ours if storage(call.results[0]) in map(storage, tensors_in(call.args))]
     assert len(ours) - len(views) == 4
+
+
+def test_modules_launch_as_often(device, nano):
+    """What each operator adds; decoder_forward runs the same kernels."""
+    cache = nano.new_cache(64, 1)
+    sequence = cache.allocate(40)
+    step = make_step([Block(0, sequence.slot, sequence.pages, [7])], cache.page_size).to(nano.device)
+    counts = {}
+    with torch.inference_mode(), Counting(device, counts):
+        nano.decoder.fused = False
+        forward(nano, cache, step)
+    layers = nano.config.num_hidden_layers
+    expected = {name: count * layers for name, count in PER_LAYER.items()}
+    assert counts == expected | {name: expected.get(name, 0) + count for name, count in PER_FORWARD.items()}
+
+
+class Counting(TorchDispatchMode):
+    """Launches by operator."""
+
+    def __init__(self, device: str, counts: dict[str, int]) -> None:
+        super().__init__()
+        self.device, self.counts = device, counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = launches(self.device)
+        out = func(*args, **(kwargs or {}))
+        if count := launches(self.device) - before:
+            name = func._schema.name.partition("::")[2]
+            self.counts[name] = self.counts.get(name, 0) + count
+        return out

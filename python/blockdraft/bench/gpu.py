@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from blockdraft import ops
+from blockdraft import gpu_launches, ops
 from blockdraft.bench.measure import WARMUP, Budget, Measured, Times
 from blockdraft.bench.subject import Case
 
@@ -84,9 +84,16 @@ def time_both(case: Case, budget: Budget) -> tuple[Times, Times]:
     return Times.of(times[0][WARMUP:]), Times.of(times[1][WARMUP:])
 
 
+def launches_of(case: Case) -> int:
+    """Kernels that one call of the operator launches."""
+    before = gpu_launches()
+    case.run(case.arguments(0))
+    return gpu_launches() - before
+
+
 def measure(case: Case, budget: Budget) -> Measured:
     match, same_bits = case.match(), case.same_bits()
-    return Measured(*time_both(case, budget), match, same_bits)
+    return Measured(*time_both(case, budget), match, same_bits, launches=launches_of(case))
 
 
 def copy_bandwidth(size: int) -> float:

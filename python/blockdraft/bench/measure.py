@@ -48,6 +48,7 @@ class Measured:
         torch: Of PyTorch, or of the fastest of `others`; None where there was nothing to compare with.
         match: None likewise.
         others: All that ran beside ours, by name, where there may be several.
+        launches: GPU kernels of one call; None on the CPU.
     """
 
     ours: Times
@@ -55,6 +56,7 @@ class Measured:
     match: Match | None
     same_bits: bool
     others: dict[str, Times] = field(default_factory=dict)
+    launches: int | None = None
 
 
 def seconds_of(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

@@ -25,6 +25,7 @@ HEADINGS = (
     *("op", "rows", "blockdraft ms", "IQR", "PyTorch ms", "PyTorch / blockdraft"),
     *("MB touched", "GB/s", "% of read limit", "match", "same bits", "note"),
 )
+TEXTS = {"match", "same bits", "note"}  # headings of what is no number
 OPERATORS, LAYER, MODEL = "operators", "layer", "model"
 LEGEND = """\
 ms: median of {repeats} measured calls; IQR: distance of their quartiles. The operators and PyTorch ran by turns on the
@@ -40,7 +41,7 @@ GPU_LEGEND = """\
 ms: median of {repeats} measurements of a CUDA graph of 40 calls, divided by 40; IQR: distance of their quartiles. The
 operators and PyTorch ran by turns on the same rows, all on the GPU; weights (and cached keys) came from copies
 rotating over {cold_mb:.0f} MB. PyTorch has the same weights unpacked, in the same dtype; "without a graph", its
-launches count.
+launches count. launches: GPU kernels of one call of the operator.
 MB touched: computed from the shapes, each byte once. GB/s: those bytes by the measured median. % of read limit: of
 {read_limit:.1f} GB/s, the best of {samples} copies on the device during this run, bytes read and written (the worst:
 {worst:.1f}); "-" where less than three quarters of the bytes come from memory rather than from a cache.
@@ -165,6 +166,7 @@ def result(label: str, case: Case | Work, rows: int, measured: Measured) -> dict
         "worst_tolerance": finite(match and match.worst_tolerance),
         "match": match and match.ok,
         "same_bits": measured.same_bits,
+        **({} if measured.launches is None else {"launches": measured.launches}),
         **({"others": {name: asdict(times) for name, times in measured.others.items()}} if measured.others else {}),
     }
 
@@ -174,11 +176,12 @@ def percent_of_limit(row: dict[str, Any], read_limit: float) -> float | None:
     return 100 * row["gb_s"] / read_limit if cold else None
 
 
-def cells(row: dict[str, Any], read_limit: float) -> tuple[str, ...]:
+def cells(row: dict[str, Any], read_limit: float, on_gpu: bool) -> tuple[str, ...]:
     percent = percent_of_limit(row, read_limit)
     return (
         row["op"],
         str(row["rows"]),
+        *([number(row.get("launches"), 0)] if on_gpu else []),
         f"{row['median_ms']:.3f}",
         f"{row['iqr_ms']:.3f}",
         number(row["torch_median_ms"], 3),
@@ -203,15 +206,16 @@ def match_cell(row: dict[str, Any]) -> str:
     return "yes" if row["match"] else f"NO ({error})"
 
 
-def headings(kind: str) -> tuple[str, ...]:
+def headings(kind: str, on_gpu: bool) -> tuple[str, ...]:
     other = "PyTorch" if kind == OPERATORS else "transformers"
-    return tuple(heading.replace("PyTorch", other) for heading in HEADINGS)
+    names = [*HEADINGS[:2], *(["launches"] if on_gpu else []), *HEADINGS[2:]]
+    return tuple(heading.replace("PyTorch", other) for heading in names)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table whose source is a table, too; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [0 < i < 9 for i in range(len(widths))]
+    right = [i > 0 and heading not in TEXTS for i, heading in enumerate(lines[0])]
 
     def line(texts: Sequence[str]) -> str:
         padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
@@ -238,7 +242,8 @@ def render(report: dict[str, Any]) -> str:
     samples = report["read_samples_gb_s"]
     settings = report["settings"]
     kind = settings.get("kind", OPERATORS)
-    legend = (GPU_LEGEND if settings.get("device") == "cuda" else LEGENDS[kind]).format(
+    on_gpu = settings.get("device") == "cuda"
+    legend = (GPU_LEGEND if on_gpu else LEGENDS[kind]).format(
         repeats=f"{min(repeats)} to {max(repeats)}",
         cold_mb=settings["cold_mb"],
         read_limit=limit,
@@ -248,7 +253,7 @@ def render(report: dict[str, Any]) -> str:
         layers=settings.get("layers"),
         turns="by turns" if all(row.get("by_turns") for row in rows) else "one after the other",
     )
-    table = aligned([headings(kind), *(cells(row, limit) for row in rows)])
+    table = aligned([headings(kind, on_gpu), *(cells(row, limit, on_gpu) for row in rows)])
     dtype = f"{settings['shapes_name']} shapes, {settings['dtype']}"
     return "\n".join([f"{machine_line(report['machine'])}; {dtype}", "", *table, "", disturbance(report) + legend])
 
