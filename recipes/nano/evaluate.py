@@ -115,11 +115,17 @@ def leading(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def true_text(model: ZayaForCausalLM, windows: list[list[int]], step: int, drafter: str | Drafter = "mask") -> dict:
+def true_text(
+    model: ZayaForCausalLM,
+    windows: list[list[int]],
+    step: int,
+    drafter: str | Drafter = "mask",
+    temperature: float = 0.0,
+) -> dict:
     """First forward after each true prefix. Mask drafts were made before the anchor was known, a callable's after; a
     forward without drafts accepts none."""
     cuts = [(ids, at) for ids in windows for at in range(32, len(ids) - 17, step)]
-    params = SamplingParams(max_tokens=17, ignore_eos=True, drafter=drafter, groups=0)
+    params = SamplingParams(max_tokens=17, ignore_eos=True, drafter=drafter, groups=0, temperature=temperature, seed=0)
     own, right, after_right = [], [], []
     anchors: dict[int, int] = {}
     seen: set[int] = set()
@@ -154,7 +160,7 @@ def experts(folder: Path, texts: list[list[int]], first: int) -> dict:
     T, first = len(texts[0]) // B * B, first // B * B
     tokens = torch.tensor([ids[:T] for ids in texts[: len(texts) // B * B]])
     batch = convert.doubled_batch(tokens, model.config)
-    model(batch.input_ids, batch.rows)
+    model(batch.input_ids, batch.rows, batch.previous)
     result: dict[str, dict] = {}
     for layer in model.model.layers:
         clean, masks = layer.mlp.chosen.split(T, 1)  # [texts, T]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from blockdraft import convert
-from blockdraft.model.config import ZayaConfig
+from blockdraft.model.config import DRAFT_HEADS, ZayaConfig
 from blockdraft.reference.model import Rows, ZayaReference
 from export import export, plot_losses
 
@@ -150,7 +150,7 @@ class Trainer:
         offset = int(torch.randint(args.block_length, (1,), generator=self.generator))
         tokens, labels = (x.to(self.device) for x in self.material.conversion_batch(offset, self.generator))
         batch = convert.doubled_batch(tokens, model.config, offset, labels, args.decay)
-        logits = model(batch.input_ids, batch.rows)
+        logits = model(batch.input_ids, batch.rows, batch.previous)
         ar, diffusion = convert.losses(logits, batch, args.batch - self.material.own_rows)
         return {"loss": convert.objective(ar, diffusion, args.alpha), "ar": ar, "diffusion": diffusion}
 
@@ -170,7 +170,7 @@ class Trainer:
         """Held-out losses in nats per token over 16 fixed windows, every mask weighing the same."""
         tokens = batch_of(stream, 16, self.args.length, torch.Generator().manual_seed(0)).to(self.device)
         batch = convert.doubled_batch(tokens, self.model.config)
-        ar, diffusion = convert.losses(self.model(batch.input_ids, batch.rows), batch)
+        ar, diffusion = convert.losses(self.model(batch.input_ids, batch.rows, batch.previous), batch)
         return {"held_out_ar": ar.item(), "held_out_diffusion": diffusion.item()}
 
     def save(self, path: Path) -> None:
@@ -205,6 +205,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--block-length", type=int, default=16)
     parser.add_argument("--mask-context", choices=convert.MASK_CONTEXTS, default="prefix")
+    parser.add_argument("--draft-head", choices=DRAFT_HEADS, help="with --init; default: the checkpoint's")
     parser.add_argument("--vocab", type=int, default=272)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the AR loss in conversion")
@@ -236,7 +237,10 @@ def prepare(args: argparse.Namespace) -> tuple[Tokenizer, Tensor, Tensor]:
 
 def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> ZayaReference:
     if args.init:
-        return convert.load(args.init, block_length=args.block_length, mask_context=args.mask_context)
+        options = {"block_length": args.block_length, "mask_context": args.mask_context, "draft_head": args.draft_head}
+        return convert.load(args.init, **options)
+    if args.draft_head:
+        raise SystemExit("--draft-head: wanted with --init, for AR pre-training does not reach it")
     model = ZayaReference(nano_config(args.size, tokenizer.get_vocab_size(), args.block_length, args.mask_context))
     initialise(model)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blockdraft.errors import ConfigError, RequestError
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.heads import MARKOV_PERIOD
 from blockdraft.reference.model import Rows
 
 
@@ -24,6 +25,7 @@ class Batch:
         tokens: ``[B, T]``, what the clean rows predict, each the next one.
         labels: ``[B, T]``, what the rows that draft predict, each its own position.
         weights: ``[T]`` float32, of the labels; 0 where nothing is predicted.
+        previous: ``[B, T]``, the token before each label, which a Markov head goes by; 0 where that forgets it.
     """
 
     input_ids: Tensor
@@ -31,6 +33,7 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     weights: Tensor
+    previous: Tensor
 
 
 def _starts(length: int, block_length: int, offset: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +105,22 @@ def mask_weights(
     return weights.masked_fill(idle, 0.0)
 
 
+def previous_tokens(
+    tokens: Tensor, labels: Tensor, block_length: int, offset: int = 0, draft_layout: str = "extra_first_mask"
+) -> Tensor:
+    """The token ``[B, T]`` before each label, as a Markov head is given it while decoding: 0 at multiples of 16.
+
+    Within a block that is the label before, since a draft follows the block's drafts; before a block it is the text.
+    """
+    T = tokens.shape[1]
+    position, _, start = _starts(T, block_length, offset, tokens.device)
+    of_text = position == start
+    if draft_layout == "anchor_in_block":
+        of_text = of_text | (position == start + 1)  # its first row is the token itself
+    previous = torch.where(of_text, tokens.roll(1, 1), labels.roll(1, 1))
+    return previous.masked_fill(position % MARKOV_PERIOD == 0, 0)
+
+
 def doubled_batch(
     tokens: Tensor, config: ZayaConfig, offset: int = 0, labels: Tensor | None = None, decay: float = 1.0
 ) -> Batch:
@@ -128,7 +147,8 @@ def doubled_batch(
         drafting = torch.where(position == start, tokens, drafting)
     rows = doubled_rows(T, c.block_length, offset, c.mask_parent, c.draft_layout, tokens.device)
     weights = mask_weights(T, c.block_length, offset, decay, c.draft_layout, tokens.device)
-    return Batch(torch.cat([tokens, drafting], 1), rows, tokens, labels, weights)
+    previous = previous_tokens(tokens, labels, c.block_length, offset, c.draft_layout)
+    return Batch(torch.cat([tokens, drafting], 1), rows, tokens, labels, weights, previous)
 
 
 def _check(tokens: Tensor, labels: Tensor, config: ZayaConfig, offset: int, decay: float) -> None:

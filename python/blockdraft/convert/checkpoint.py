@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockdraft.convert.adapter import adapted, add_adapters
 from blockdraft.errors import CheckpointError, ConfigError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.config_styles import quantization_config
+from blockdraft.model.tensor_names import MARKOV_IN, MARKOV_OUT, OUTPUT, expected_shapes
 from blockdraft.model.weights import ADAPTER_FILE, SINGLE_FILE, Checkpoint, resolve_folder
 from blockdraft.reference.model import ZayaReference
 
@@ -32,6 +33,8 @@ def load(
     block_length: int | None = None,
     mask_context: str | None = None,
     draft_layout: str | None = None,
+    draft_head: str | None = None,
+    markov_rank: int | None = None,
 ) -> ZayaReference:
     """The trainable model of a ZAYA1 checkpoint, of any layout that `ZayaForCausalLM.from_pretrained` reads.
 
@@ -42,6 +45,9 @@ def load(
         mask_token_id, block_length, draft_layout: Override the config's, which says nothing of them before conversion.
         mask_context: What the convolutions of a mask row look back on: ``prefix``, the last clean token, for every mask
             of a block; ``mask``, the mask before it (the first one: that token); ``zero``, nothing.
+        draft_head: Output matrix of the mask rows: ``shared``, ``separate`` or ``markov`` (`ZayaConfig`). Matrices that
+            the checkpoint lacks are made such that logits are what they were: a copy of the LM head's, and a bias of 0.
+        markov_rank: Of a new Markov head; default 64.
 
     Raises:
         ConfigError: The config does not describe a model of this class, or an argument contradicts it.
@@ -55,18 +61,20 @@ def load(
         "block_length": block_length,
         "mask_parent": MASK_CONTEXTS[mask_context] if mask_context else None,
         "draft_layout": draft_layout,
+        "draft_head": draft_head,
+        "markov_rank": markov_rank,
     }
     changed = {key: value for key, value in changes.items() if value is not None}
-    config = replace(ZayaConfig.from_folder(folder), **changed)  # type: ignore[arg-type]
+    stored = ZayaConfig.from_folder(folder)
+    config = replace(stored, **changed)  # type: ignore[arg-type]
     if config.quantized_experts:
         wanted = "none, for weights of one byte cannot be trained"
         raise ConfigError(f"{folder}: quantization_config: wanted {wanted}, got {config.quantized_experts}")
-    if config.draft_head != "shared":
-        wanted = "'shared', the only one trained here"
-        raise ConfigError(f"{folder}: draft_head: wanted {wanted}, got {config.draft_head!r}")
-    with Checkpoint(folder, config) as checkpoint:
+    if stored.draft_head == "markov" == config.draft_head and stored.markov_rank != config.markov_rank:
+        raise ConfigError(f"{folder}: markov_rank: wanted the stored {stored.markov_rank}, got {config.markov_rank}")
+    with Checkpoint(folder, stored) as checkpoint:
         tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
-    model = _model_of(config, tensors, dtype)
+    model = _model_of(config, _with_draft_head(tensors, config), dtype)
     _load_adapters(model, folder)
     return model.to(device)
 
@@ -76,6 +84,36 @@ def _model_of(config: ZayaConfig, tensors: dict[str, Tensor], dtype: torch.dtype
         model = ZayaReference(config)
     model.load_state_dict({name: value.to(_stored(name, dtype)) for name, value in tensors.items()}, assign=True)
     return model
+
+
+def _with_draft_head(tensors: dict[str, Tensor], config: ZayaConfig) -> dict[str, Tensor]:
+    """The model's tensors: those there are, new matrices of the drafts where they are wanted, and none too many."""
+    V, rank = config.vocab_size, config.markov_rank
+    new = {
+        OUTPUT: lambda: tensors["model.embed_tokens.weight"].clone(),
+        MARKOV_IN: lambda: torch.randn(V, rank) * rank**-0.5,
+        MARKOV_OUT: lambda: torch.zeros(rank, V),
+    }
+    return {name: tensors[name] if name in tensors else new[name]() for name in expected_shapes(config)}
+
+
+def only_draft_head(model: ZayaReference) -> list[nn.Parameter]:
+    """Freezes everything but the drafts' own matrices, so that plain decoding keeps its bits.
+
+    Args:
+        model: Of `load`, with a draft head of its own.
+
+    Returns:
+        The parameters to train.
+
+    Raises:
+        ConfigError: The drafts have no matrix of their own.
+    """
+    if model.config.draft_head == "shared":
+        raise ConfigError("only_draft_head: draft_head: wanted 'separate' or 'markov', got 'shared'")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in (OUTPUT, MARKOV_IN, MARKOV_OUT))
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _stored(name: str, dtype: torch.dtype) -> torch.dtype:

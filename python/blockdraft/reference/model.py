@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockdraft.errors import RequestError
 from blockdraft.model.config import ZayaConfig
 
 
@@ -22,8 +23,8 @@ class Rows:
         parents: ``[N]`` int64, the row of the preceding token, -1 at the start of a sequence.
         positions: ``[N]`` int64, absolute positions (RoPE).
         visible: ``[N, N]`` bool, whether row i attends to row j. None means causal in row order.
-        first_mask: From this row on they are mask rows, which alone feel an adapter (`blockdraft.convert`). None where
-            all rows are clean.
+        first_mask: From this row on they are mask rows, which alone feel an adapter (`blockdraft.convert`) and use the
+            draft head. None where all rows are clean.
     """
 
     parents: Tensor
@@ -265,20 +266,57 @@ class Model(nn.Module):
         return self.norm(residual.to(embedded.dtype))
 
 
+class MarkovHead(nn.Module):
+    """A bias of the logits by the token before: ``w1[previous] @ w2``, w1 ``[V, rank]``, w2 ``[rank, V]``."""
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(vocab_size, rank))
+        self.w2 = nn.Parameter(torch.empty(rank, vocab_size))
+
+    def forward(self, previous: Tensor) -> Tensor:
+        return F.embedding(previous, self.w1) @ self.w2
+
+
 class ZayaReference(nn.Module):
     """ZAYA1 in plain PyTorch.
 
     Args:
-        config: A `blockdraft.ZayaConfig`.
+        config: A `blockdraft.ZayaConfig`. By its `draft_head` mask rows have an output matrix of their own.
     """
 
     def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Model(config)
+        if config.draft_head != "shared":
+            self.diffusion_output_layer = Linear(config.hidden_size, config.vocab_size)
+        if config.draft_head == "markov":
+            self.diffusion_markov_head = MarkovHead(config.vocab_size, config.markov_rank)
 
-    def forward(self, input_ids: Tensor, rows: Rows | None = None) -> Tensor:
-        """Logits ``[B, N, V]`` in float32 for ``input_ids [B, N]``."""
+    def forward(self, input_ids: Tensor, rows: Rows | None = None, previous: Tensor | None = None) -> Tensor:
+        """Logits ``[B, N, V]`` in float32 for ``input_ids [B, N]``.
+
+        Args:
+            input_ids: Of all rows.
+            rows: How these hang together; default: causal.
+            previous: ``[B, N - first_mask]``, the token before the one that each mask row predicts, which a Markov head
+                goes by (`convert.Batch.previous`).
+
+        Raises:
+            RequestError: There are mask rows and a Markov head, but no `previous`.
+        """
         rows = rows or Rows.causal(input_ids.shape[1], input_ids.device)
-        hidden_states = self.model(input_ids, rows)
-        return F.linear(hidden_states, self.model.embed_tokens.weight).float()
+        hidden_states, embedding = self.model(input_ids, rows), self.model.embed_tokens.weight
+        if self.config.draft_head == "shared" or rows.first_mask is None:
+            return F.linear(hidden_states, embedding).float()
+        clean, masks = hidden_states[:, : rows.first_mask], hidden_states[:, rows.first_mask :]
+        return torch.cat([F.linear(clean, embedding), self._draft_logits(masks, previous)], 1).float()
+
+    def _draft_logits(self, hidden_states: Tensor, previous: Tensor | None) -> Tensor:
+        logits = self.diffusion_output_layer(hidden_states)
+        if self.config.draft_head == "separate":
+            return logits
+        if previous is None:
+            raise RequestError("a Markov head needs previous, the token before each that a mask row predicts, got None")
+        return logits + self.diffusion_markov_head(previous)
