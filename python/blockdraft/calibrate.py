@@ -16,7 +16,7 @@ from blockdraft.decide import Ask, columns_of, decide
 from blockdraft.errors import RequestError
 from blockdraft.plan import CostTable, table_path
 from blockdraft.processors import Processors
-from blockdraft.runner import Inputs
+from blockdraft.runner import Inputs, Late, LateInputs
 from blockdraft.sample import Sample
 from blockdraft.sampler import SamplingParams
 from blockdraft.steps import AR, VERIFY, Block, make_step
@@ -35,8 +35,8 @@ class Forward:
     """One decode step, repeatable: the sequences with `rows` causal rows each, after the tokens that they have.
 
     It goes through the model's runner, as steps of generation do: rows laid out, padded where the runner pads, layers,
-    LM head and choice, verification, commit of nothing; with `late`, a second choice, as for the drafts of a mask group
-    that is known after verification.
+    LM head and choice, verification, commit of nothing. With `late`, for one sequence, a second choice, as for the
+    drafts of a mask group that is known after verification: within the step where the runner does that.
     """
 
     def __init__(
@@ -64,8 +64,11 @@ class Forward:
         verified = [(row, head) for head, row in enumerate(rows)]
         laws = columns_of(asks, torch.device("cpu"))
         x = Inputs.of(step, rows, laws, verified, [self.rows] * count, [0] * count)
+        in_step = self.late and model.runner.late
+        if in_step:
+            x = LateInputs.adding(x, [Late(0, [0] * (self.rows + 1), self.sequences[0].length + 1)], laws)
         outcome = model.runner.decode(self.cache, x)
-        if self.late:
+        if self.late and not in_step:
             decide(model.heads, outcome.hidden_states, asks)
         return time.perf_counter() - started
 

@@ -32,7 +32,7 @@ from blockdraft.errors import ConfigError, RequestError
 from blockdraft.outputs import GenerationOutput, StreamEvent
 from blockdraft.plan import REPLAN_STEPS
 from blockdraft.processors import Processors
-from blockdraft.runner import Inputs
+from blockdraft.runner import Inputs, Late, LateInputs
 from blockdraft.sample import Part, Sample
 from blockdraft.sampler import SamplingParams
 from blockdraft.schedule import Scheduler
@@ -218,12 +218,32 @@ class Engine:
         limits = [self._limit(part, own.get(False)) for part, own in zip(parts, counts, strict=True)]
         lengths = [part.causal for part in parts]
         inputs = Inputs.of(step, rows, columns_of(flat, torch.device("cpu")), verified, lengths, limits)
-        hidden_states, tokens, logprobs, accepted, committed = self.model.runner.decode(cache, inputs)
+        late = self._late(parts) if self.model.runner.late else []
+        if late:
+            inputs = self._with_late(inputs, parts, late)
+        hidden_states, tokens, logprobs, accepted, committed, drafts = self.model.runner.decode(cache, inputs)
         for part, count in zip(parts, committed, strict=True):
             part.sample.cached.length += count
         chosen = iter(zip(tokens, logprobs, strict=True))
         decided = [{ask.drafting: _decided(islice(chosen, len(ask.rows))) for ask in own} for own in asks]
+        for i, (draft_tokens, draft_logprobs) in zip(late, drafts, strict=True):
+            count = len(parts[i].draft_rows(committed[i])[0])
+            if count:
+                decided[i][True] = Decided(draft_tokens[:count], draft_logprobs[:count])
         return hidden_states, decided, accepted, committed
+
+    def _late(self, parts: list[Part]) -> list[int]:
+        """Parts of which a group drafts that follows from how many rows hold, and by no logits."""
+        verifying = [i for i, part in enumerate(parts) if part.kind == VERIFY and part.block.groups]
+        return [i for i in verifying if needs_no_logits(self.model.heads, self._draft_ask(parts[i], 1))]
+
+    @staticmethod
+    def _with_late(inputs: Inputs, parts: list[Part], late: list[int]) -> LateInputs:
+        groups = [group for i in late for group in parts[i].block.groups]
+        most = max(1, *(len(group.token_ids) - max(0, 1 - group.skip) for group in groups))
+        asks = [Ask(parts[i].sample, range(most), 0, drafting=True) for i in late]
+        own = [Late(i, parts[i].first_draft_rows(), parts[i].block.length + 1) for i in late]
+        return LateInputs.adding(inputs, own, columns_of(asks, torch.device("cpu")))
 
     def _run(self, cache: Cache, step: Step, parts: list[Part], asks: list[list[Ask]]) -> Ran:
         """The forward, and a choice that looks at logits or mixes hidden states."""

@@ -28,6 +28,7 @@ from blockdraft.pieces import room_for, views
 from blockdraft.steps import EMPTY_SLOT, Step, as_tensors
 
 if TYPE_CHECKING:
+    from blockdraft.model.layers import PackedLinear
     from blockdraft.model.zaya import ZayaForCausalLM
 
 MAX_ROWS = 2048  # of a graph; larger steps, which are prompts mostly, keep a GPU busy without one
@@ -85,14 +86,73 @@ class Inputs(Step):
         )
 
 
+class Late(NamedTuple):
+    """Drafts of a sequence of the step that are chosen once it is known how many of its rows hold.
+
+    Attributes:
+        sequence: Which one.
+        first: By the number of committed rows, the first row that drafts; the next ones are behind it.
+        position: What that row drafts a token for if no row is committed.
+    """
+
+    sequence: int
+    first: Sequence[int]
+    position: int
+
+
+@dataclass(frozen=True)
+class LateInputs(Inputs):
+    """With drafts of S sequences, W of each, that follow from what is committed: up to P - 1 rows."""
+
+    late_sequences: Tensor  # [S] int64
+    late_tables: Tensor  # [S] int64, where the table of each begins in those below: 0, P, ...
+    late_rows: Tensor  # [S, P, W] int64, rows that draft, by the number of committed rows
+    late_positions: Tensor  # [S, P, W] int32, what they draft for
+    late_temperature: Tensor  # [S, W] float32, and so on: their laws but for the positions
+    late_top_k: Tensor
+    late_top_p: Tensor
+    late_min_p: Tensor
+    late_seeds: Tensor
+    late_samples: Tensor
+
+    @staticmethod
+    def adding(x: Inputs, late: Sequence[Late], laws: Sequence[Tensor]) -> "LateInputs":
+        """laws: ``[S * W]`` each, as in `Inputs.of`; of their positions nothing is taken."""
+        S, P, W = len(late), max(len(own.first) for own in late), len(laws[0]) // len(late)
+        sequences, *firsts = as_tensors([[own.sequence for own in late], *(own.first for own in late)], torch.int64)
+        first = torch.nn.utils.rnn.pad_sequence(list(firsts), batch_first=True)
+        slots, starts = torch.arange(W), torch.tensor([own.position for own in late])
+        positions = starts[:, None, None] + torch.arange(P)[None, :, None] + slots
+        return LateInputs(
+            **vars(x),
+            late_sequences=sequences,
+            late_tables=torch.arange(S) * P,
+            late_rows=(first[:, :, None] + slots).clamp_max(len(x.token_ids) - 1),
+            late_positions=positions.int(),
+            **{f"late_{name}": law.view(S, W) for name, law in zip(LAWS[:-1], laws, strict=False)},
+        )
+
+    def choose(self, head: "PackedLinear", hidden_states: Tensor, committed: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and logprobs ``[S * W]``."""
+        at = self.late_tables + committed.index_select(0, self.late_sequences)
+        rows, positions = (t.flatten(0, 1).index_select(0, at).view(-1) for t in (self.late_rows, self.late_positions))
+        laws = [getattr(self, f"late_{name}").view(-1) for name in LAWS[:-1]]
+        states = hidden_states.index_select(0, rows)
+        return ops.lm_head_choose(states, head.weight, head.out_features, *[*laws, positions])
+
+
 class Outcome(NamedTuple):
-    """hidden_states ``[T, H]`` of all rows, and for the N rows and B sequences what came of them."""
+    """hidden_states ``[T, H]`` of all rows, and for the N rows and B sequences what came of them.
+
+    drafts: tokens and logprobs of each `Late`, as many as it may have.
+    """
 
     hidden_states: Tensor
     tokens: list[int]
     logprobs: list[float]
     accepted: list[int]
     committed: list[int]
+    drafts: list[tuple[list[int], list[float]]]
 
 
 # What runs on the device: no look at a value, no shape that follows from one.
@@ -105,7 +165,10 @@ def forward(model: "ZayaForCausalLM", cache: Cache, step: Step) -> tuple[Tensor,
 
 
 def decode(model: "ZayaForCausalLM", cache: Cache, x: Inputs) -> tuple[Tensor, Tensor]:
-    """Hidden states, and int32 ``[2 N + 2 B]``: tokens, logprobs (as bits), accepted, committed. Commits."""
+    """Hidden states, and int32 ``[2 N + 2 B]``: tokens, logprobs (as bits), accepted, committed. Commits.
+
+    With `LateInputs` ``[2 N + 2 B + 2 S W]``: tokens and logprobs of the drafts that were chosen then.
+    """
     head, transaction = model.heads.target, Transaction(cache, x, ())
     hidden_states = model.decoder(transaction)
     rows = hidden_states.index_select(0, x.head_rows)
@@ -113,22 +176,41 @@ def decode(model: "ZayaForCausalLM", cache: Cache, x: Inputs) -> tuple[Tensor, T
     chosen = torch.cat([x.known, tokens]).index_select(0, x.source)
     accepted, committed, commit_rows, _ = ops.verify_tokens(x.token_ids, chosen, x.cu_rows, x.lengths, x.limits)
     transaction.commit_states(commit_rows)
-    return hidden_states, torch.cat([tokens, logprobs.view(torch.int32), accepted, committed])
+    found = [tokens, logprobs.view(torch.int32), accepted, committed]
+    if isinstance(x, LateInputs):
+        drafts, draft_logprobs = x.choose(head, hidden_states, committed)
+        found += [drafts, draft_logprobs.view(torch.int32)]
+    return hidden_states, torch.cat(found)
 
 
-def read_outcome(outputs: tuple[Tensor, ...], x: Inputs, heads: int, sequences: int) -> Outcome:
-    """Waits for the step; heads and sequences are N and B as they were run, with padding."""
+def read_outcome(outputs: tuple[Tensor, ...], x: Inputs, shape: "Shape") -> Outcome:
+    """Waits for the step; shape: of what was run, with padding."""
     hidden_states, packed = outputs
-    tokens, logprobs, accepted, committed = packed.cpu().split([heads, heads, sequences, sequences])
+    heads, sequences, (S, _, W) = shape.heads or 0, shape.sequences, shape.late or (0, 0, 0)
+    sizes = [heads, heads, sequences, sequences, S * W, S * W]
+    tokens, logprobs, accepted, committed, drafts, draft_logprobs = packed.cpu().split(sizes)
     T, N, B = len(x.token_ids), len(x.head_rows), len(x.lengths)
-    values = logprobs[:N].view(torch.float32)
+    own, _, most = Shape.of(x).late or (0, 0, 0)
+    late = [part.view(S, W)[:own, :most] for part in (drafts, draft_logprobs.view(torch.float32))]
     return Outcome(
-        hidden_states[:T], tokens[:N].tolist(), values.tolist(), accepted[:B].tolist(), committed[:B].tolist()
+        hidden_states[:T],
+        tokens[:N].tolist(),
+        logprobs[:N].view(torch.float32).tolist(),
+        accepted[:B].tolist(),
+        committed[:B].tolist(),
+        list(zip(*(part.tolist() for part in late), strict=True)),
     )
 
 
 class EagerRunner:
-    """Computes steps as they come."""
+    """Computes steps as they come.
+
+    Attributes:
+        late: Whether `decode` shall choose drafts that follow from what is committed, in which rows may be for nothing:
+            what a GPU does in a graph is no wait for the host more, and its head reads the same weights.
+    """
+
+    late = False
 
     def __init__(self, model: "ZayaForCausalLM") -> None:
         self.model = model
@@ -147,8 +229,7 @@ class EagerRunner:
 
     def decode(self, cache: Cache, x: Inputs) -> Outcome:
         """Runs and commits a step; the lengths of its sequences are the caller's to move."""
-        outputs = decode(self.model, cache, x.to(self.model.device))
-        return read_outcome(outputs, x, len(x.head_rows), len(x.lengths))
+        return read_outcome(decode(self.model, cache, x.to(self.model.device)), x, Shape.of(x))
 
 
 # Shapes and their buffers
@@ -171,6 +252,14 @@ class Shape(NamedTuple):
     sequences: int
     pages: int  # of a sequence
     heads: int | None
+    late: tuple[int, ...] | None = None  # S, P, W of `LateInputs`
+
+    @staticmethod
+    def of(x: Step) -> "Shape":
+        """Without padding."""
+        heads = len(x.head_rows) if isinstance(x, Inputs) else None
+        late = tuple(x.late_rows.shape) if isinstance(x, LateInputs) else None
+        return Shape(len(x.token_ids), len(x.state_slots), x.page_table.shape[1], heads, late)
 
     @staticmethod
     def holding(x: Step) -> "Shape":
@@ -178,12 +267,17 @@ class Shape(NamedTuple):
         sequences = few(len(x.state_slots) + (rows > len(x.token_ids)))  # padding is a sequence
         # Rows are few or many with those that decide, and the head costs little more for twice as many.
         heads = (power(len(x.head_rows), 8) if len(x.head_rows) else 0) if isinstance(x, Inputs) else None
-        return Shape(rows, sequences, power(x.page_table.shape[1], 8), heads)
+        late = tuple(few(n) for n in x.late_rows.shape) if isinstance(x, LateInputs) else None
+        return Shape(rows, sequences, power(x.page_table.shape[1], 8), heads, late)
 
     def sizes(self, x: Step) -> dict[str, tuple[int, ...]]:
         """Of each field of x."""
         named = {"cu_rows": (self.sequences + 1,), "page_table": (self.sequences, self.pages)}
         T, B, N = ((size,) for size in (self.rows, self.sequences, self.heads or 0))
+        S, P, W = self.late or (0, 0, 0)
+        named |= {"late_sequences": (S,), "late_tables": (S,), "late_rows": (S, P, W), "late_positions": (S, P, W)}
+        named |= {f"late_{name}": (S, W) for name in LAWS[:-1]}
+        named = {f.name: named[f.name] for f in fields(x) if f.name in named}
         rows, sequences = {"known", "source", "token_ids"}, {"lengths", "limits", "state_slots"}
         for f in fields(x):
             if f.name not in named:
@@ -214,7 +308,9 @@ class Buffers:
         """Copies a step in, with padding."""
         T, rows = len(x.token_ids), self.shape.rows
         padding = {"row_parents": -1, "row_slots": -1, "row_states": EMPTY_SLOT, "state_slots": EMPTY_SLOT, "top_p": 1}
-        padding |= {"row_group_begin": T, "row_group_end": rows, "cu_rows": rows}
+        padding |= {"row_group_begin": T, "row_group_end": rows, "cu_rows": rows, "late_top_p": 1}
+        if isinstance(x, LateInputs):  # more of the first one, whose commits the tables have an entry for
+            padding["late_sequences"] = int(x.late_sequences[0])
         for f in fields(x):
             own, room = getattr(x, f.name), getattr(self.host, f.name)
             if own.shape != room.shape:
@@ -222,6 +318,9 @@ class Buffers:
             room[tuple(slice(0, n) for n in own.shape)] = own
         if isinstance(x, Inputs) and isinstance(self.host, Inputs):
             self.host.source[:T] += (x.source >= T) * (rows - T)
+        if isinstance(x, LateInputs) and isinstance(self.host, LateInputs):
+            S, P = len(x.late_tables), self.host.late_rows.shape[1]
+            self.host.late_tables[:S] = torch.arange(S) * P
         self.bytes.copy_(self.host_bytes, non_blocking=True)
 
     def step(self, x: Step) -> Step:
@@ -307,6 +406,7 @@ class GraphRunner(EagerRunner):
         self, model: "ZayaForCausalLM", capture: Capture, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES
     ) -> None:
         super().__init__(model)
+        self.late = True
         self.capture, self.max_rows, self.max_bytes = capture, max_rows, max_bytes
         self.graphs: OrderedDict[Shape, StepGraph] = OrderedDict()
         self.cache: Cache | None = None
@@ -345,7 +445,7 @@ class GraphRunner(EagerRunner):
         graph = self._graph(cache, x)
         if graph is None:
             return super().decode(cache, x)
-        return read_outcome(self._run(graph), x, graph.buffers.shape.heads, graph.buffers.shape.sequences)
+        return read_outcome(self._run(graph), x, graph.buffers.shape)
 
     def _graph(self, cache: Cache, x: Step) -> StepGraph | None:
         """That of the step's shape, the step in its buffers; None where there shall be none."""

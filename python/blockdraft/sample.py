@@ -167,3 +167,16 @@ class Part:
         rows = self.group_rows(group)
         start = self.block.length + group.after + 1 + group.skip  # position of the group's first row
         return rows[max(0, anchor + 1 - start) :], anchor + 1
+
+    def first_draft_rows(self) -> list[int]:
+        """By the number of committed rows, from none to all: the first of `draft_rows`; any where there are none."""
+        firsts, at = [0] * (self.causal + 1), self.first + self.causal
+        groups = []
+        for group in self.block.groups:
+            groups.append((group.after, at, group))
+            at += len(group.token_ids)
+        groups.sort(key=lambda entry: entry[0])
+        ends = [*(after for after, _, _ in groups[1:]), self.causal]
+        for (after, first, group), end in zip(groups, ends, strict=False):
+            firsts[after + 1 : end + 1] = [first + max(0, n - after - group.skip) for n in range(after + 1, end + 1)]
+        return firsts

@@ -14,7 +14,7 @@ from blockdraft.steps import Block, make_step
 from conftest import BACKENDS, load_backend, marked
 from generation.conftest import DTYPES
 from generation.recording import Tape, storage, tensors_in, use_graphs
-from generation.test_runner import inputs_of, whole
+from generation.test_runner import inputs_of, late_inputs_of, whole
 
 GENERATOR = torch.Generator().manual_seed(11)
 PROMPTS = [torch.randint(5, 95, (n,), generator=GENERATOR).tolist() for n in (19, 1, 7)]
@@ -124,13 +124,16 @@ PER_LAYER = {
 PER_FORWARD = {"packed_embedding": 1, "residual_norm": 1}
 
 
-@pytest.mark.parametrize("rows", [1, 16], ids=["ar", "verify"])
-def test_launches_of_a_step(device, nano, rows):
-    """Of the operators, and of PyTorch: a gather of rows, two joins, and another gather."""
+@pytest.mark.parametrize(("rows", "late"), [(1, False), (16, False), (16, True)], ids=["ar", "verify", "late"])
+def test_launches_of_a_step(device, nano, rows, late):
+    """Of the operators, and of PyTorch: a gather of rows, two joins, and another gather.
+
+    Drafts that are chosen after verification: the head again, and a sum and four gathers that find its rows.
+    """
     cache = nano.new_cache(64, 1)
     sequence = cache.allocate(40)
     step = make_step([Block(0, sequence.slot, sequence.pages, [7] * rows)], cache.page_size)
-    x = inputs_of(step, rows).to(nano.device)
+    x = (late_inputs_of if late else inputs_of)(step, rows).to(nano.device)
     with torch.inference_mode():
         before = launches(device)
         forward(nano, cache, x)
@@ -139,10 +142,10 @@ def test_launches_of_a_step(device, nano, rows):
         with tape:
             decode(nano, cache, x)
     assert layers == sum(PER_LAYER.values()) * nano.config.num_hidden_layers + sum(PER_FORWARD.values())
-    assert launches(device) - before == layers + 4  # two of the head, verification, commit
+    assert launches(device) - before == layers + 4 + 2 * late  # two of the head, verification, commit
     ours = [call for call in tape.calls if call.op.namespace == "aten"]
     views = [call for call in ours if storage(call.results[0]) in map(storage, tensors_in(call.args))]
-    assert len(ours) - len(views) == 4
+    assert len(ours) - len(views) == 4 + 5 * late
 
 
 def test_modules_launch_as_often(device, nano):

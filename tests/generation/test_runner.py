@@ -1,17 +1,19 @@
 """Steps as graphs give the tokens of steps as they come, whatever the requests; graphs are captured by a stand-in."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from blockdraft import SamplingParams, ZayaForCausalLM, calibrate, runner
+from blockdraft import SamplingParams, ZayaForCausalLM, calibrate, generate, ops, runner
 from blockdraft.cache import Cache, Transaction
 from blockdraft.calibrate import Forward
-from blockdraft.runner import Buffers, EagerRunner, GraphRunner, Inputs, Shape
+from blockdraft.plan import Plan
+from blockdraft.runner import Buffers, EagerRunner, GraphRunner, Inputs, Late, LateInputs, Shape
+from blockdraft.sample import Part
 from blockdraft.steps import EMPTY_SLOT, Block, Group, Step, make_step
 from generation.recording import CaptureError, RecordingCapture, use_graphs
 
@@ -143,6 +145,118 @@ def test_steps_of_many_rows_have_no_graph(model):
     assert max(shape.rows for shape in graphs.graphs) <= 17
 
 
+# Drafts that follow from what is committed
+
+
+def steps_taken(model: ZayaForCausalLM, asked: tuple[list[list[int]], list[SamplingParams]]) -> list[list[tuple]]:
+    """What each request verified and what waited after it; tokens alone do not tell one draft from another."""
+    found = [[] for _ in asked[0]]
+    for event in model.stream(*asked):
+        about = event.kind, event.accepted, event.drafted, event.draft_logprobs, event.provisional
+        found[event.request].append((*about, event.token_ids, event.logprobs))
+    return found
+
+
+def drafting_requests(seed: int, groups: int | tuple[int, ...], **more: object) -> tuple[list, list[SamplingParams]]:
+    """Cold and hot: what holds is from nothing to all. Beside them one that does not draft."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(5, 95) for _ in range(draw.choice([1, 3, 20, 40]))] for _ in range(6)]
+    laws = [{"temperature": draw.choice([0.0, 0.02, 0.1, 4.0]), "top_p": draw.choice([1.0, 0.9])} for _ in range(6)]
+    ways = [{"groups": groups, **more}] * 5 + [{"sampler": "ar"}]
+    counts = [draw.randrange(10, 40) for _ in range(6)]
+    params = [
+        SamplingParams(max_tokens=n, seed=draw.randrange(99), ignore_eos=True, **law, **way)
+        for n, law, way in zip(counts, laws, ways, strict=True)
+    ]
+    return prompts, params
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("groups", [0, 1, 3, 16])
+def test_drafts_chosen_in_the_graph(model, monkeypatch, groups, seed):
+    """The very drafts and log-probabilities that the host chooses from the same groups; nothing is chosen after it."""
+    asked = drafting_requests(seed, groups)
+    expected = [steps_taken(model, asked) for _ in range(2)]
+    graphs = use_graphs(model)
+    monkeypatch.setattr("blockdraft.generate.decide", lambda *arguments: pytest.fail("a choice outside the step"))
+    assert [steps_taken(model, asked) for _ in range(2)] == expected
+    verified = [event for request in expected[0] for event in request if event[0] == "verify"]
+    assert len({event[1] for event in verified}) > 3
+    assert any(graph.captured for shape, graph in graphs.graphs.items() if shape.late) == (groups > 0)
+
+
+@pytest.mark.parametrize("layout", ["extra_first_mask", "masks_after_anchor"])
+def test_drafts_of_groups_at_any_accept_length(model, monkeypatch, layout):
+    monkeypatch.setattr(model, "config", replace(model.config, draft_layout=layout))
+    asked = drafting_requests(5, (6, 0, 2), block_length=9)
+    expected = steps_taken(model, asked)
+    use_graphs(model)
+    assert steps_taken(model, asked) == expected
+    assert steps_taken(model, asked) == expected
+
+
+def late_faults() -> Iterator[tuple[str, Callable[[pytest.MonkeyPatch], None]]]:
+    def with_firsts(change: Callable[[list[int]], list[int]]) -> Callable[[pytest.MonkeyPatch], None]:
+        rows = Part.first_draft_rows
+        return lambda patch: patch.setattr(Part, "first_draft_rows", lambda self: change(rows(self)))
+
+    def with_positions(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(generate, "Late", lambda i, firsts, position: runner.Late(i, firsts, position + 1))
+
+    def of_the_first_alone(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(generate, "Late", lambda i, firsts, position: runner.Late(0, firsts, position))
+
+    yield "one row on", with_firsts(lambda firsts: [n + 1 for n in firsts])
+    yield "as if nothing more held", with_firsts(lambda firsts: [firsts[1]] * len(firsts))
+    yield "other positions", with_positions
+    yield "what another sequence committed", of_the_first_alone
+
+    def with_mixed_up(name: str, dim: int) -> Callable[[pytest.MonkeyPatch], None]:
+        fill = Buffers.fill
+
+        def changed(self: Buffers, x: Step) -> None:
+            fill(self, x)
+            if isinstance(x, LateInputs):
+                room = getattr(self.inputs, name)
+                own = room[tuple(slice(0, n) for n in getattr(x, name).shape)]
+                own.copy_(own.flip(dim))
+
+        return lambda patch: patch.setattr(Buffers, "fill", changed)
+
+    for name in ("late_positions", "late_seeds", "late_temperature"):
+        yield f"stale {name}", without_copying(name)
+    for name, dim in (("late_rows", 1), ("late_sequences", 0), ("late_tables", 0)):
+        yield f"mixed up {name}", with_mixed_up(name, dim)
+
+
+@pytest.mark.parametrize("fault", range(10))
+def test_wrong_drafts_show(model, monkeypatch, fault):
+    several = [drafting_requests(seed, 3) for seed in (0, 1)]
+    expected = [steps_taken(model, asked) for asked in several]
+    use_graphs(model)
+    name, mutate = list(late_faults())[fault]
+    mutate(monkeypatch)
+    try:
+        shown = [steps_taken(model, asked) for asked in (*several, *several)] != expected * 2
+    except (AssertionError, CaptureError, RuntimeError):
+        shown = True
+    assert shown, name
+
+
+def test_first_draft_rows_are_those_of_each_count():
+    draw = random.Random(3)
+    for _ in range(200):
+        causal = draw.randrange(1, 18)
+        levels = draw.sample(range(causal), draw.randrange(0, causal + 1))
+        groups = [Group(level, [MASK] * draw.randrange(1, 17), draw.randrange(2)) for level in levels]
+        part = Part(None, "verify", Block(9, 1, [1], [7] * causal, groups), 0, Plan(), first=draw.randrange(50))
+        firsts = part.first_draft_rows()
+        assert len(firsts) == causal + 1
+        for n, first in enumerate(firsts):
+            rows, _ = part.draft_rows(n)
+            assert not rows or rows[0] == first
+
+
 # Memory
 
 
@@ -229,14 +343,14 @@ def assert_padding_changes_nothing(model: ZayaForCausalLM, more: dict[str, int])
             shape = shape._replace(sequences=max(shape.sequences, sizes[1] + (more["rows"] > 0)))
             buffers = Buffers(shape, y, model.device)
             buffers.fill(y)
-            expected = runner.read_outcome(runner.decode(model, exact, x), x, len(x.head_rows), len(x.lengths))
+            expected = runner.read_outcome(runner.decode(model, exact, x), x, Shape.of(x))
             outputs = runner.decode(model, padded, buffers.inputs)
             buffers.fill(replace(y, token_ids=y.token_ids.flip(0)))
             others = runner.decode(model, other, buffers.inputs)
             behind, elsewhere = (hidden_states[len(y.token_ids) :] for hidden_states, _ in (outputs, others))
             assert torch.equal(behind, elsewhere)
             assert torch.equal(behind, behind[:1].expand_as(behind))
-            got = runner.read_outcome(outputs, y, shape.heads, shape.sequences)
+            got = runner.read_outcome(outputs, y, shape)
             assert torch.equal(got.hidden_states, expected.hidden_states)
             assert got[1:] == expected[1:]
             assert sum(got.committed) > 0
@@ -307,6 +421,8 @@ def without_copying(name: str):
         def stale(self: Buffers, x: Step) -> None:
             before = getattr(self, "before", None)
             fill(self, x)
+            if not hasattr(x, name):
+                return
             self.before = getattr(self.inputs, name).clone()
             if before is not None:
                 getattr(self.inputs, name).copy_(before)
@@ -424,11 +540,53 @@ def test_buffers_hold_the_last_step(model):
                 assert torch.equal(held[tuple(slice(0, n) for n in own.shape)], own), f.name
 
 
+def late_inputs_of(step: Step, limit: int) -> LateInputs:
+    """With drafts of the first sequence and of the last one, five and any rows."""
+    x = inputs_of(step, limit)
+    count = int(x.lengths.max()) + 1
+    late = [Late(i, [(11 * i + n) % len(x.token_ids) for n in range(count)], 50 + i) for i in (0, len(x.lengths) - 1)]
+    generator = torch.Generator().manual_seed(5)
+    laws = [
+        torch.tensor([0.0, 0.8, 1.2, 0.9, 0.0] * 2),
+        torch.full((10,), 0, dtype=torch.int32),
+        torch.full((10,), 0.9),
+    ]
+    laws += [torch.zeros(10), torch.randint(99, (10,), generator=generator), torch.arange(10, dtype=torch.int32)]
+    return LateInputs.adding(x, late, laws)
+
+
+@pytest.mark.parametrize("more", [(0, 0, 0), (1, 0, 0), (0, 3, 0), (0, 0, 2), (2, 5, 1)], ids=str)
+def test_padding_changes_no_draft(model, more):
+    """And they are what the head chooses for these rows, laws and positions."""
+    caches = [model.new_cache(300, 3) for _ in range(2)]
+    for left, right in zip(*(steps_of(cache, [33, 5, 40]) for cache in caches), strict=True):
+        x, y = late_inputs_of(left, 3), late_inputs_of(right, 3)
+        shape = Shape.of(y)
+        shape = shape._replace(late=tuple(n + extra for n, extra in zip(shape.late, more, strict=True)))
+        buffers = Buffers(shape._replace(rows=shape.rows + 4, sequences=shape.sequences + 1), y, model.device)
+        buffers.fill(y)
+        with torch.inference_mode():
+            expected = runner.read_outcome(runner.decode(model, caches[0], x), x, Shape.of(x))
+            got = runner.read_outcome(runner.decode(model, caches[1], buffers.inputs), y, buffers.shape)
+        assert got.drafts == expected.drafts
+        assert got[1:5] == expected[1:5]
+        for own, (i, tokens) in enumerate(zip((0, 2), (drafts[0] for drafts in got.drafts), strict=True)):
+            n = got.committed[i]
+            rows = [min((11 * i + n) % len(x.token_ids) + j, len(x.token_ids) - 1) for j in range(5)]
+            laws = [getattr(x, f"late_{name}")[own] for name in runner.LAWS[:-1]]
+            positions = torch.arange(5, dtype=torch.int32) + 50 + i + n
+            head = model.heads.target
+            states = got.hidden_states[rows].contiguous()
+            assert tokens == ops.lm_head_choose(states, head.weight, head.out_features, *laws, positions)[0].tolist()
+
+
 def test_every_field_is_padded(tiny):
     """A field that is added to a step has to be thought of."""
     step = make_step([Block(0, 0, [1], [7] * 17)], 32)
     shape = Shape(20, 3, 8, 8)
     assert set(shape.sizes(inputs_of(step, 1))) == {f.name for f in fields(Inputs)}
+    late = late_inputs_of(step, 1)
+    assert set(shape._replace(late=(2, 3, 4)).sizes(late)) == {f.name for f in fields(LateInputs)}
     assert shape.sizes(step)["row_slots"] == (20,)
     assert shape.sizes(step)["state_slots"] == (3,)
 
@@ -468,6 +626,7 @@ def test_calibrate_times_replays(model, monkeypatch):
     assert table.ms == (1e3,) * 4
     assert runs[-12:].count((0, 1)) == 12
     assert {(1, 1, 1), (1, 8, 8), (1, 16, 16), (1, 19, 16), (8, 8, 8)} <= set(shapes)
+    assert [shape.rows for shape in graphs.graphs if shape.late] == [16]
     assert_same_tokens(model, requests(4, 4, DEVICE_WAYS))
 
 
