@@ -1,6 +1,7 @@
-// The Python module blockdraft._host: what Python asks about the build and the machine, and the index of n-gram drafts
-// (three microseconds a token in Python, of a small model's 150). No torch here: torch's include
-// folder carries a pybind11 of its own, which would win over ours.
+// The Python module blockdraft._host: what Python asks about the build and the machine, and what a small model's step
+// of some hundred microseconds has no time for in Python: the index of n-gram drafts (3 us a token there) and the rows
+// of a step (60 us for eight sequences). No torch here: torch's include folder carries a pybind11 of its own, which
+// would win over ours.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,11 +9,12 @@
 #include "common/huge_pages.h"
 #include "host/ngram_index.h"
 #include "host/read_bandwidth.h"
+#include "host/step_rows.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Build information, CPU features, the index of n-gram drafts.";
+  m.doc() = "Build information, CPU features, the index of n-gram drafts, the rows of a step.";
   m.def(
       "build_info",
       [] {
@@ -40,4 +42,14 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("matched", &NgramIndex::matched)
       .def_property_readonly("entries", &NgramIndex::entries)
       .def_property_readonly("bytes", &NgramIndex::bytes);
+  using blockdraft::StepRows;
+  py::class_<StepRows>(m, "StepRows", "Columns of a step in the making; see blockdraft.steps.")
+      .def(py::init<int, bool, bool, int>(), py::arg("page_size"), py::arg("chained"), py::arg("detached"),
+           py::arg("empty_slot"))
+      .def("add", &StepRows::add, py::arg("length"), py::arg("slot"), py::arg("pages"), py::arg("tokens"))
+      .def("add_group", &StepRows::add_group, py::arg("after"), py::arg("tokens"), py::arg("skip"))
+      .def("packed", [](const StepRows& rows) { return py::bytearray(rows.packed()); })
+      .def_property_readonly("rows", &StepRows::rows)
+      .def_property_readonly("sequences", &StepRows::sequences)
+      .def_property_readonly("width", &StepRows::width);
 }

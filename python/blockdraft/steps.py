@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from blockdraft._host import StepRows
 from blockdraft.pieces import moved
 
 PREFILL, DRAFT, VERIFY, AR, DENOISE = "prefill", "draft", "verify", "ar", "denoise"
@@ -54,7 +55,8 @@ class Block:
 
     @property
     def rows(self) -> int:
-        return len(self.token_ids) + sum(len(group.token_ids) for group in self.groups)
+        causal = len(self.token_ids)
+        return causal + sum(len(group.token_ids) for group in self.groups) if self.groups else causal
 
 
 @dataclass(frozen=True)
@@ -79,80 +81,38 @@ class Step:
         return type(self)(*moved([getattr(self, f.name) for f in fields(self)], device))
 
 
-class Rows:
-    """Columns of a step in the making."""
-
-    def __init__(self, page_size: int, mask_parent: str) -> None:
-        self.page_size, self.mask_parent = page_size, mask_parent
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.positions: list[int] = []
-        self.states: list[int] = []
-        self.slots: list[int] = []
-        self.prefix: list[int] = []
-        self.begins: list[int] = []
-        self.ends: list[int] = []
-
-    def add_causal(self, block: Block) -> None:
-        first, count, size = len(self.tokens), len(block.token_ids), self.page_size
-        positions = range(block.length, block.length + count)
-        self.tokens += block.token_ids
-        self.parents += [-1, *range(first, first + count - 1)] if count else []
-        self.positions += positions
-        self.states += [block.slot] * count
-        self.slots += [block.pages[p // size] * size + p % size for p in positions]
-        self.prefix += [p + 1 for p in positions]
-        self.begins += [first] * count
-        self.ends += [first] * count
-
-    def add_group(self, block: Block, group: Group, first_causal: int) -> None:
-        first, count = len(self.tokens), len(group.token_ids)
-        seen = block.length + group.after + 1
-        detached = self.mask_parent == "none"
-        parent = first_causal + group.after if group.after >= 0 and not detached else -1
-        chained = self.mask_parent == "previous"
-        self.tokens += group.token_ids
-        self.parents += [parent, *range(first, first + count - 1)] if chained else [parent] * count
-        self.positions += range(seen + group.skip, seen + group.skip + count)
-        self.states += [EMPTY_SLOT if detached else block.slot] * count
-        self.slots += [-1] * count
-        self.prefix += [seen] * count
-        self.begins += [first] * count
-        self.ends += [first + count] * count
-
-
 def make_step(blocks: list[Block], page_size: int, mask_parent: str = "previous") -> Step:
-    """Lays the blocks' rows one behind the other.
+    """Lays the blocks' rows one behind the other (`csrc/host/step_rows.h`).
 
     Args:
         blocks: One per sequence.
         page_size: Tokens of a page.
         mask_parent: What a row of a group follows in the convolutions: "previous", the row before it (the first one:
             the causal row that the group follows), "anchor", that causal row for all of them, or "none", nothing.
+
+    Raises:
+        IndexError: A sequence without a page for one of its causal rows.
     """
-    rows, cu_rows = Rows(page_size, mask_parent), [0]
+    rows = StepRows(page_size, mask_parent == "previous", mask_parent == "none", EMPTY_SLOT)
     for block in blocks:
-        rows.add_causal(block)
+        rows.add(block.length, block.slot, block.pages, block.token_ids)
         for group in block.groups:
-            rows.add_group(block, group, cu_rows[-1])
-        cu_rows.append(len(rows.tokens))
-    width = max((len(block.pages) for block in blocks), default=0)
-    pages = [page for block in blocks for page in (*block.pages, *[0] * (width - len(block.pages)))]
-    slots = [block.slot for block in blocks]
-    columns = (rows.tokens, rows.parents, rows.positions, rows.states, rows.prefix, rows.begins, rows.ends)
-    ints = as_tensors([*columns, cu_rows, pages, slots], torch.int32)
+            rows.add_group(group.after, group.token_ids, group.skip)
+    T, B, pages = rows.rows, rows.sequences, rows.width
+    parts = torch.frombuffer(rows.packed(), dtype=torch.int32).split([2 * T, *[T] * 7, B + 1, B * pages, B])
+    row_slots, tokens, parents, positions, states, prefix, begins, ends, cu_rows, page_table, state_slots = parts
     return Step(
-        token_ids=ints[0],
-        row_parents=ints[1],
-        row_positions=ints[2],
-        row_states=ints[3],
-        row_slots=torch.tensor(rows.slots, dtype=torch.int64),
-        row_prefix=ints[4],
-        row_group_begin=ints[5],
-        row_group_end=ints[6],
-        cu_rows=ints[7],
-        page_table=ints[8].view(len(blocks), width),
-        state_slots=ints[9],
+        token_ids=tokens,
+        row_parents=parents,
+        row_positions=positions,
+        row_states=states,
+        row_slots=row_slots.view(torch.int64),
+        row_prefix=prefix,
+        row_group_begin=begins,
+        row_group_end=ends,
+        cu_rows=cu_rows,
+        page_table=page_table.view(B, pages),
+        state_slots=state_slots,
     )
 
 
