@@ -112,14 +112,34 @@ def _goes_by_logits(heads: "Heads", ask: Ask) -> bool:
 
 def columns_of(asks: list[Ask], device: torch.device) -> list[Tensor]:
     """temperature, top_k, top_p, min_p, seeds, samples, positions of all rows, as the operators take them."""
-    rows = [(ask.params, ask.sample.index | ask.stream, ask.position + i) for ask in asks for i in range(len(ask.rows))]
-    params = [p for p, _, _ in rows]
-    floats = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]
-    ints = [p.top_k or 0 for p in params], [sample for _, sample, _ in rows], [position for _, _, position in rows]
-    temperature, top_p, min_p = as_tensors(floats, torch.float32)
-    top_k, samples, positions = as_tensors(ints, torch.int32)
-    seeds = torch.tensor([p.seed for p in params], dtype=torch.int64)
-    return moved([temperature, top_k, top_p, min_p, seeds, samples, positions], device)
+    return Laws().columns(asks, device)
+
+
+class Laws:
+    """Columns of the rows that decide, kept while the same samples decide by as many rows: they move on together."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Sample, bool, int]] = []
+        self.kept: list[Tensor] = []
+
+    def columns(self, asks: list[Ask], device: torch.device) -> list[Tensor]:
+        """See `columns_of`."""
+        asked = [(ask.sample, ask.drafting, len(ask.rows)) for ask in asks]
+        if asked != self.asked or not asked:
+            self.asked, self.kept = asked, self._kept(asks)
+        positions = [ask.position + i for ask in asks for i in range(len(ask.rows))]
+        return moved([*self.kept, torch.tensor(positions, dtype=torch.int32)], device)
+
+    @staticmethod
+    def _kept(asks: list[Ask]) -> list[Tensor]:
+        rows = [(ask.params, ask.sample.index | ask.stream) for ask in asks for _ in ask.rows]
+        params = [p for p, _ in rows]
+        floats = [p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]
+        ints = [p.top_k or 0 for p in params], [sample for _, sample in rows]
+        temperature, top_p, min_p = as_tensors(floats, torch.float32)
+        top_k, samples = as_tensors(ints, torch.int32)
+        seeds = torch.tensor([p.seed for p in params], dtype=torch.int64)
+        return [temperature, top_k, top_p, min_p, seeds, samples]
 
 
 def _choose(heads: "Heads", asks: list[Ask], states: list[Tensor]) -> list[Decided]:

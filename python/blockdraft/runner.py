@@ -185,20 +185,20 @@ def decode(model: "ZayaForCausalLM", cache: Cache, x: Inputs) -> tuple[Tensor, T
 
 def read_outcome(outputs: tuple[Tensor, ...], x: Inputs, shape: "Shape") -> Outcome:
     """Waits for the step; shape: of what was run, with padding."""
-    hidden_states, packed = outputs
+    hidden_states, packed = outputs[0], outputs[1].cpu()
     heads, sequences, (S, _, W) = shape.heads or 0, shape.sequences, shape.late or (0, 0, 0)
-    sizes = [heads, heads, sequences, sequences, S * W, S * W]
-    tokens, logprobs, accepted, committed, drafts, draft_logprobs = packed.cpu().split(sizes)
+    ints, floats = packed.tolist(), packed.view(torch.float32).tolist()
     T, N, B = len(x.token_ids), len(x.head_rows), len(x.lengths)
     own, _, most = Shape.of(x).late or (0, 0, 0)
-    late = [part.view(S, W)[:own, :most] for part in (drafts, draft_logprobs.view(torch.float32))]
+    accepted, committed, drafts = 2 * heads, 2 * heads + sequences, 2 * (heads + sequences)
+    firsts = [drafts + i * W for i in range(own)]
     return Outcome(
         hidden_states[:T],
-        tokens[:N].tolist(),
-        logprobs[:N].view(torch.float32).tolist(),
-        accepted[:B].tolist(),
-        committed[:B].tolist(),
-        list(zip(*(part.tolist() for part in late), strict=True)),
+        ints[:N],
+        floats[heads : heads + N],
+        ints[accepted : accepted + B],
+        ints[committed : committed + B],
+        [(ints[i : i + most], floats[i + S * W : i + S * W + most]) for i in firsts],
     )
 
 

@@ -1,5 +1,6 @@
 """A sample in flight, and its share of a forward."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ class Sample:
         tokenizer: Tokenizer | None,
         processors: Processors,
         end_token_ids: frozenset[int],
+        room: int = sys.maxsize,
+        watched: bool = True,
     ) -> None:
         self.prompt, self.params, self.request, self.index = prompt, params, request, index
         self.processors, self.end_token_ids = processors, end_token_ids
-        self.text = TextStream(tokenizer, params.stop_strings)
+        self.room = room  # tokens that it may have, prompt included
+        self.text = TextStream(tokenizer, params.stop_strings, watched)
         self.tokens: list[int] = []  # decided; the last one is the anchor, not yet in the cache
         self.decided = Decided()  # what is known of them
         self.drafts: list[int] = []
@@ -53,17 +57,18 @@ class Sample:
         self.offers: dict[tuple[int, int], Offer] = {}  # of n-gram drafts, by how many tokens matched and their number
         self.hopeless = 0  # so many matched tokens are not worth a block
         self.counts = TokenCounts(prompt) if self.processors.active else None
-        self.follows = True  # the text into the index of n-grams, token by token
-        self.followed = 0  # tokens that are in it
+        self.follows = False  # the text into the index of n-grams, token by token
+        self.followed = 0  # known tokens that are in it
         self.ngram = NgramDrafter() if params.drafts and params.drafter in ("ngram", "auto") else None
         # Of tokens not counted yet: how many before it repeated earlier text, and whether it did as well.
         self.guesses: list[tuple[int, bool]] = []
-        if self.ngram is not None:
-            self.ngram.extend(prompt)
+        if params.groups is not None:  # else the planner says when
+            self.follow(True)
 
     @property
-    def remaining(self) -> int:
-        return self.params.max_tokens - len(self.tokens)
+    def left(self) -> int:
+        """Tokens still to decide, by max_tokens and by room."""
+        return self.room - len(self.prompt) - len(self.tokens)
 
     @property
     def known(self) -> list[int]:
@@ -103,7 +108,7 @@ class Sample:
         self.tokens.append(token)
         if self.counts is not None:
             self.counts.extend([token])
-        if self.ngram is not None and self.follows:
+        if self.follows:
             self.guesses.append(self.ngram.follow(token))
         return self.text.append(token)
 
@@ -111,11 +116,11 @@ class Sample:
         """Whether n-grams are thought of from here on."""
         if self.ngram is None or follows == self.follows:
             return
-        self.follows, tokens = follows, self.tokens[self.followed :]
+        self.follows = follows
         if follows:
-            self.ngram.extend(tokens)
+            self.ngram.extend(self.known[self.followed :])
         else:
-            self.followed = len(self.tokens)
+            self.followed = self.length
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> int:
         """Logits ``[n, V]`` in place, of which row i comes after the known tokens and drafts[:i]; returns rows done."""

@@ -32,6 +32,7 @@ class Scheduler:
         self.planned_for, self.verified = 0, 0  # samples of the last plans, and blocks that these had verified
         self.watch: Watch | None = None  # of the samples that n-grams may draft for
         self.may_try = False  # whether a sample may draft in this forward against the prediction: one at a time
+        self.resting = False  # whether no sample that is planned for drafts until the next plans, but to try it
 
     def new_batch(self) -> None:
         """A sample came in: plans are made anew."""
@@ -44,9 +45,12 @@ class Scheduler:
             active: Samples with a place in the cache.
             waiting: Whether more wait for one.
         """
-        if self.steps % REPLAN_STEPS == 0:
-            self._replan([s for s in active if s.params.drafts and s.params.groups is None], waiting)
         self.may_try = self.model.planner.may_try
+        if self.steps % REPLAN_STEPS == 0:
+            planned = [s for s in active if s.params.drafts and s.params.groups is None]
+            self._replan(planned, waiting)
+            self.resting = all(self._rests(s) and not s.follows for s in planned)
+        self.resting = self.resting and not self.may_try
         parts, prefill_rows, first = [], PREFILL_ROWS, 0
         for sample in active:
             part = self._part(sample, prefill_rows)
@@ -62,10 +66,6 @@ class Scheduler:
     def block_length(self, sample: Sample) -> int:
         return sample.params.block_length or self.config.block_length
 
-    def left(self, sample: Sample) -> int:
-        """Tokens still to decide, by max_tokens and by room."""
-        return min(sample.remaining, self.context - sample.length)
-
     def _uses_masks(self, sample: Sample) -> bool:
         return sample.params.drafts and sample.params.drafter in ("mask", "auto")
 
@@ -79,7 +79,7 @@ class Scheduler:
 
     def _replan(self, samples: list[Sample], waiting: bool) -> None:
         """Options, where there is something new to know, and prices for the samples that the planner plans for."""
-        if not samples:
+        if all(s.option is not None and s.left <= 2 for s in samples):  # their ends are no time to learn anything
             return
         # Little verified, little learned: a plan every 8 steps was 10% of a small model's time at batch 8.
         verified = sum(s.acceptance[s.main_source].verified for s in samples)
@@ -112,8 +112,16 @@ class Scheduler:
         """Books what a decode forward took, and what n-grams gained in it; it brought each sample so many tokens."""
         rows, verifying = sum(part.block.rows for part in parts), sum(part.kind == VERIFY for part in parts)
         self.model.planner.account(rows, len(parts), verifying)
-        if self.watch is None or self.watch.rests:
-            return
+        if self.watch is not None and not self.watch.rests:
+            self._watch(parts, tokens)
+
+    def book_plain(self, parts: list[Part]) -> None:
+        """As `book`, of a forward that is plain decoding for all."""
+        self.model.planner.account(len(parts), len(parts))
+        if self.watch is not None and not self.watch.rests:
+            self.watch.followed += len(parts)
+
+    def _watch(self, parts: list[Part], tokens: list[int]) -> None:
         self.watch.followed += len(parts)
         for part, new in zip(parts, tokens, strict=True):
             if part.source == "ngram" and part.sample.price is not None:
@@ -185,11 +193,11 @@ class Scheduler:
 
     def _useful(self, sample: Sample, levels: Sequence[int], rows: int) -> tuple[int, ...]:
         """Accept lengths that can be reached and leave room for a draft."""
-        return tuple(level for level in sorted(levels) if level < min(rows, self.left(sample) - 2))
+        return tuple(level for level in sorted(levels) if level < min(rows, sample.left - 2))
 
     def _wants_drafts(self, sample: Sample) -> bool:
         """Whether the end of the prompt carries a mask group."""
-        wanted = self._uses_masks(sample) and self.left(sample) > 2 and self.config.draft_layout != "anchor_in_block"
+        wanted = self._uses_masks(sample) and sample.left > 2 and self.config.draft_layout != "anchor_in_block"
         if not wanted or sample.params.groups is not None or sample.option.rows > 1:
             return wanted
         if not self.may_try:
@@ -227,7 +235,7 @@ class Scheduler:
     def _denoise(self, sample: Sample, tokens: list[int], kind: str = DENOISE) -> Part:
         """Commits tokens that are decided, and looks at the block that comes after them."""
         cached = sample.cached
-        length = min(self.block_length(sample), self.left(sample))
+        length = min(self.block_length(sample), sample.left)
         canvas = sample.canvas.row_tokens(length, self.config.mask_token_id)
         block = Block(cached.length, cached.slot, cached.pages, tokens, [Group(len(tokens) - 1, canvas)])
         return Part(sample, kind, block, len(tokens), Plan(len(canvas), reason="denoising"))
@@ -235,7 +243,8 @@ class Scheduler:
     def _decode(self, sample: Sample) -> Part:
         plan = PLAIN_PLAN
         if sample.params.drafts:
-            plan = UNPAID if self._rests(sample) else self._decode_plan(sample, self.left(sample))
+            rests = (self.resting and sample.option is PLAIN) or self._rests(sample)
+            plan = UNPAID if rests else self._decode_plan(sample, sample.left)
         cached, anchor = sample.cached, sample.tokens[-1]
         if plan.rows == 1 and not plan.levels:
             return Part(sample, AR, Block(cached.length, cached.slot, cached.pages, [anchor]), 0, plan)
@@ -252,7 +261,7 @@ class Scheduler:
         return Part(sample, VERIFY, block, 0, plan, source=sample.source, draft_logprobs=logprobs)
 
     def _rests(self, sample: Sample) -> bool:
-        """Whether there is nothing to plan, told before anything is looked up: eight samples have 40 us of a step."""
+        """Whether there is nothing to plan, told before anything is looked up."""
         return (
             sample.option is PLAIN
             and not (sample.drafts or self.may_try)

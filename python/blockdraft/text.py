@@ -3,6 +3,7 @@
 from tokenizers import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoding shows for bytes that are not a whole character yet
+CONTEXT = 16  # tokens decoded again with those after them; few, for linear time: byte-level ones need no context
 
 
 class TextStream:
@@ -11,14 +12,17 @@ class TextStream:
     Args:
         tokenizer: None for no text at all.
         stops: Strings that end the text.
+        watched: Somebody reads the text as it grows; else it is decoded when so much has come that it would be
+            anyway, and at the end: one call of the tokenizer in 17 tokens, and the same text.
 
     Attributes:
         text: All final text; None without a tokenizer.
         stopped: A stop string was met; text ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stops: tuple[str, ...], watched: bool = True) -> None:
         self.tokenizer, self.stops = tokenizer, stops
+        self.at_once = watched or len(stops) > 0
         self.text = None if tokenizer is None else ""
         self.stopped = False
         self._tokens: list[int] = []  # not all of their text is final
@@ -29,6 +33,8 @@ class TextStream:
         if self.tokenizer is None or self.stopped:
             return ""
         self._tokens.append(token)
+        if not self.at_once and len(self._tokens) <= CONTEXT:
+            return ""
         return self._advance(final=False)
 
     def flush(self) -> str:
@@ -47,7 +53,7 @@ class TextStream:
             pending = pending[: len(pending) - self._held_back(pending)]
         self.text += pending
         self._base += pending
-        if self._base == decoded and len(self._tokens) > 16:  # keeps decoding linear; byte-level tokens need no context
+        if self._base == decoded and len(self._tokens) > CONTEXT:
             self._tokens, self._base = [], ""
         return pending
 

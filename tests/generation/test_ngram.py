@@ -81,6 +81,7 @@ def test_a_sample_that_rests_misses_nothing():
     rested, followed = (
         Sample(text[:20], SamplingParams(drafter="ngram"), 0, 0, None, Processors(), frozenset()) for _ in range(2)
     )
+    followed.follow(True)
     for i, token in enumerate(text[20:]):
         rested.follow(i % 30 < 10)
         rested.append(token)

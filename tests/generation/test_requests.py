@@ -12,6 +12,7 @@ from blockdraft import (
     ZayaForCausalLM,
     bundled_model,
 )
+from blockdraft.text import TextStream
 from checkpoints import random_model, save, tiny_config
 
 
@@ -232,6 +233,19 @@ def test_streams_add_up(model):
         )
     assert texts == [o.text for o in outputs]
     assert tokens == [o.token_ids for o in outputs]
+
+
+@pytest.mark.parametrize("stops", [(), ("\n\n",)])
+def test_text_is_the_same_where_nobody_reads_it_on_the_way(model, stops):
+    """It is decoded in larger pieces then; characters of several tokens may lie across their ends, and the text's."""
+    tokens = model.encode("x = 1 # é — 日本語 🎉🎉🎉\n" * 5 + "\n" + "🎉日" * 20)
+    for start in range(20):
+        for end in range(len(tokens) - 8, len(tokens)):
+            watched, unwatched = (TextStream(model.tokenizer, stops, x) for x in (True, False))
+            pieces = [watched.append(token) for token in tokens[start:end]] + [watched.flush()]
+            later = [unwatched.append(token) for token in tokens[start:end]] + [unwatched.flush()]
+            assert "".join(later) == unwatched.text == watched.text == "".join(pieces)
+            assert len([x for x in later if x]) < len([x for x in pieces if x]) / 4 or stops
 
 
 def test_statistics(model):

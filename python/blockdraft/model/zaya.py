@@ -210,7 +210,7 @@ class ZayaForCausalLM:
         Raises:
             RequestError: A prompt or parameter that cannot be served; nothing is generated then.
         """
-        outputs = [event.output for event in self.stream(prompts, params) if event.output]
+        outputs = [event.output for event in self._run(prompts, params, watched=False) if event.output]
         return sorted(outputs, key=lambda output: (output.request, output.sample))
 
     def stream(
@@ -219,6 +219,14 @@ class ZayaForCausalLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamEvent]:
         """As `generate`, but yields an event for each sequence after each forward it took part in."""
+        return self._run(prompts, params, watched=True)
+
+    def _run(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        watched: bool,
+    ) -> Iterator[StreamEvent]:
         encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
         each = (
             [params or SamplingParams()] * len(encoded)
@@ -227,7 +235,7 @@ class ZayaForCausalLM:
         )
         if len(each) != len(encoded):
             raise RequestError(f"params must be one or one per prompt ({len(encoded)}), got {len(each)}")
-        return Engine(self).run(encoded, list(each))
+        return Engine(self).run(encoded, list(each), watched)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
