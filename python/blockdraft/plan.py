@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from operator import mul
@@ -42,6 +42,7 @@ FOLLOWING_MS, LEAST_FOLLOWED, MOST_RESTS = 0.008, 256, 63
 REPLAN_STEPS = 8  # planning costs tens of microseconds a sequence, a forward of the smallest model a millisecond
 
 Kind = tuple[str, str]  # of drafts: whose they are, and how they are tested
+Likeness = tuple[Kind, int, int]  # of samples: their drafts, rows of a mask group, rows of a block
 
 
 @dataclass(frozen=True)
@@ -219,13 +220,15 @@ class Acceptance:
         ]
 
 
-def ngram_prior(matched: int) -> float:
-    """How often the next token repeats as well where `matched` tokens have.
+# How often the next token repeats as well where j tokens have. The bundled model's prompts and outputs, greedy and at
+# T = 0.8, looping and not: 0.28 to 0.46 at 2, 0.48 to 0.73 at 3, 0.76 to 1 at 8, 0.83 to 1 at 31.
+NGRAM_PRIOR = [j / (j + 3) for j in range(MAX_BLOCK)]
 
-    The bundled model's prompts and outputs, greedy and at T = 0.8, looping and not: 0.28 to 0.46 at 2, 0.48 to 0.73 at
-    3, 0.76 to 1 at 8, 0.83 to 1 at 31.
-    """
-    return matched / (matched + 3)
+
+def ngram_chances(rates: list[float], matched: int, count: int) -> list[float]:
+    """Of `count` n-gram drafts in turn, where `matched` tokens matched before the first, by `Planner.ngram_rates`."""
+    known = rates[matched : matched + count]
+    return known + [rates[-1]] * (count - len(known))
 
 
 class Option(NamedTuple):
@@ -240,6 +243,19 @@ class Option(NamedTuple):
 
 
 PLAIN = Option(1, (), 1.0, 1.0)
+
+
+class Start(NamedTuple):
+    """What samples that nothing is known of begin with, and how many blocks had been verified when it was chosen."""
+
+    learned: int
+    option: Option
+
+
+def is_news(verified: int, before: int) -> bool:
+    """Whether so many verified blocks can tell more than `before` did: a plan every 8 steps was 10% of a small model's
+    time at batch 8, one for each request 1% at batch 1."""
+    return verified > 1.25 * before + 4
 
 
 class Offer(NamedTuple):
@@ -289,15 +305,18 @@ class Price:
             levels: Accept lengths of mask groups that may stand beside it, all or none of them.
             masks: Rows of a group.
         """
-        best, known, tokens, reached = Offer(), [0.0], 1.0, 1.0
+        most, best, rows, known, tokens, reached = 0.0, 1, 1, [0.0], 1.0, 1.0
         for rows, chance in enumerate(chances, 2):
             known.append(chance)
             reached *= chance
             tokens += reached
-            best = max(best, Offer(tokens - LEAST_GAIN * self(rows), rows))
+            gain = tokens - LEAST_GAIN * self(rows)
+            if gain > most:
+                most, best = gain, rows
             if reached < LEAST_REACHED:
                 break
-        return max(best, self._with_groups(known, tuple(i for i in levels if i < len(known)), masks))
+        alone = Offer(most, best)
+        return max(alone, self._with_groups(known, tuple(i for i in levels if i < rows), masks)) if levels else alone
 
     def _with_groups(self, chances: Sequence[float], levels: tuple[int, ...], masks: int) -> Offer:
         rows = len(chances)
@@ -344,6 +363,7 @@ class Planner:
         self.costs, self.block_length = costs, block_length
         self.seen: defaultdict[Kind, Acceptance] = defaultdict(Acceptance)
         self.watches: defaultdict[tuple[frozenset[Kind], int], Watch] = defaultdict(Watch)  # by drafts, sequences
+        self.starts: dict[tuple[Likeness, int], Start] = {}  # by samples that are alike, and their number
         self.lost = 0.0  # predicted ms that drafts cost beyond what their tokens saved
         self.spent = 0.0  # predicted ms of all decoding
         self.step_ms = costs.time(1, 1)
@@ -352,13 +372,9 @@ class Planner:
         prior = self.seen[kind].rates([PRIOR_RATE] * MAX_BLOCK, PRIOR_WEIGHT)
         return own.rates(prior, REQUEST_WEIGHT)
 
-    def ngram_rates(self, kind: Kind, own: Acceptance, matched: int, count: int) -> Iterator[float]:
-        """Of `count` n-gram drafts in turn, where `matched` tokens matched before the first; see `Acceptance`."""
-        shared = self.seen[kind]
-        for draft in range(matched, matched + count):
-            j = min(draft, MAX_BLOCK - 1)
-            prior = (shared.passed[j] + PRIOR_WEIGHT * ngram_prior(j)) / (shared.tested[j] + PRIOR_WEIGHT)
-            yield (own.passed[j] + REQUEST_WEIGHT * prior) / (own.tested[j] + REQUEST_WEIGHT)
+    def ngram_rates(self, kind: Kind, own: Acceptance) -> list[float]:
+        """How often an n-gram draft holds, by how many tokens matched before it; see `Acceptance`."""
+        return own.rates(self.seen[kind].rates(NGRAM_PRIOR, PRIOR_WEIGHT), REQUEST_WEIGHT)
 
     def unguessed(self, kind: Kind) -> float:
         """Share of the drafts that hold which n-grams would not have brought."""

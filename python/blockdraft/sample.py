@@ -55,6 +55,7 @@ class Sample:
         self.option: Option | None = None
         self.price: Price | None = None
         self.offers: dict[tuple[int, int], Offer] = {}  # of n-gram drafts, by how many tokens matched and their number
+        self.ngram_rates: list[float] = []  # what those go by
         self.hopeless = 0  # so many matched tokens are not worth a block
         self.counts = TokenCounts(prompt) if self.processors.active else None
         self.follows = False  # the text into the index of n-grams, token by token

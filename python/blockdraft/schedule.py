@@ -6,7 +6,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockdraft.errors import RequestError
-from blockdraft.plan import MAX_BLOCK, PLAIN, REPLAN_STEPS, Acceptance, Kind, Offer, Option, Plan, Watch, spread_levels
+from blockdraft.plan import (
+    MAX_BLOCK,
+    PLAIN,
+    REPLAN_STEPS,
+    Acceptance,
+    Kind,
+    Likeness,
+    Offer,
+    Option,
+    Plan,
+    Start,
+    Watch,
+    is_news,
+    ngram_chances,
+    spread_levels,
+)
 from blockdraft.sample import Part, Sample
 from blockdraft.steps import AR, DENOISE, DRAFT, PREFILL, VERIFY, Block, Group
 
@@ -81,13 +96,10 @@ class Scheduler:
         """Options, where there is something new to know, and prices for the samples that the planner plans for."""
         if all(s.option is not None and s.left <= 2 for s in samples):  # their ends are no time to learn anything
             return
-        # Little verified, little learned: a plan every 8 steps was 10% of a small model's time at batch 8.
         verified = sum(s.acceptance[s.main_source].verified for s in samples)
-        learned = verified > 1.25 * self.verified + 4
-        if self.steps == 0 or len(samples) != self.planned_for or learned:
+        if self.steps == 0 or len(samples) != self.planned_for or is_news(verified, self.verified):
             self.planned_for, self.verified = len(samples), verified
-            options = self.model.planner.choose(self._choices(samples))
-            for sample, option in zip(samples, options, strict=True):
+            for sample, option in zip(samples, self._options_of(samples), strict=True):
                 sample.option = option
         elif self.steps % (4 * REPLAN_STEPS):
             return
@@ -103,7 +115,9 @@ class Scheduler:
         follows = self.watch.next_period()
         for kind in kinds:
             alike = [s for s in samples if s.kind("ngram") == kind]
-            hopeless = self._hopeless(kind, alike[0]) if follows else NEVER
+            hopeless = NEVER
+            if follows:  # one sample finds out with the blocks that it thinks of, fewer than a search does
+                hopeless = self._hopeless(kind, alike[0]) if len(alike) > 1 else 0
             for sample in alike:
                 sample.hopeless = hopeless
                 sample.follow(follows)
@@ -132,24 +146,41 @@ class Scheduler:
 
         Found once between plans: to think of each match that comes up took a batch of eight 35 us a forward.
         """
-        known, masks, count = Acceptance(), self._masks(sample), self.block_length(sample) - 1
+        masks, count = self._masks(sample), self.block_length(sample) - 1
+        rates = self.model.planner.ngram_rates(kind, Acceptance())
 
         def worth(matched: int) -> bool:
-            chances = self.model.planner.ngram_rates(kind, known, matched, count)
+            chances = ngram_chances(rates, matched, count)
             return sample.price.best_block(chances, sample.option.levels, masks).gain > 0
 
         return bisect_left(range(1, MAX_BLOCK), True, key=worth)
 
+    def _options_of(self, samples: list[Sample]) -> list[Option]:
+        """The best; where nothing is known of any sample yet, what was the best for others like them."""
+        planner = self.model.planner
+        alike = {None if s.acceptance[s.main_source].verified else self._likeness(s) for s in samples}
+        if len(alike) > 1 or None in alike:
+            return planner.choose(self._choices(samples))
+        (like,) = alike
+        learned, start = planner.verified(like[0]), planner.starts.get((like, len(samples)))
+        if start is None or is_news(learned, start.learned):
+            start = Start(learned, planner.choose(self._choices(samples))[0])
+            planner.starts[like, len(samples)] = start
+        return [start.option] * len(samples)
+
+    def _likeness(self, sample: Sample) -> Likeness:
+        return sample.kind(), self._masks(sample), self.block_length(sample)
+
     def _choices(self, samples: list[Sample]) -> list[list[Option]]:
         """Options of each; samples that nothing is known of yet share theirs, 22 us each."""
-        new: dict[tuple[Kind, int, int], list[Option]] = {}
+        new: dict[Likeness, list[Option]] = {}
         choices = []
         for sample in samples:
             if sample.acceptance[sample.main_source].verified:
                 choices.append(self._options(sample))
                 continue
-            key = sample.kind(), self._masks(sample), self.block_length(sample)
-            choices.append(new.get(key) or new.setdefault(key, self._options(sample)))
+            like = self._likeness(sample)
+            choices.append(new.get(like) or new.setdefault(like, self._options(sample)))
         return choices
 
     def _options(self, sample: Sample) -> list[Option]:
@@ -300,11 +331,12 @@ class Scheduler:
         return Plan(rows, self._useful(sample, levels, rows), reason)
 
     def _offer(self, sample: Sample, drafts: int, masks: int) -> Offer:
-        """The best block of `drafts` n-gram drafts, thought of once between plans: it costs some 50 us."""
+        """The best block of `drafts` n-gram drafts, thought of once between plans."""
         key = min(sample.ngram.matched, MAX_BLOCK), drafts
         if key not in sample.offers:
-            kind, own = sample.kind("ngram"), sample.acceptance["ngram"]
-            chances = self.model.planner.ngram_rates(kind, own, key[0], drafts)
+            if not sample.offers:
+                sample.ngram_rates = self.model.planner.ngram_rates(sample.kind("ngram"), sample.acceptance["ngram"])
+            chances = ngram_chances(sample.ngram_rates, *key)
             sample.offers[key] = sample.price.best_block(chances, sample.option.levels, masks)
         return sample.offers[key]
 

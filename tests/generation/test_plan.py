@@ -20,6 +20,7 @@ from blockdraft.plan import (
     Planner,
     Watch,
     accept_lengths,
+    ngram_chances,
     table_path,
 )
 from bundled_prompts import held_out_prompts
@@ -269,15 +270,19 @@ def test_groups_beside_ngrams():
 def test_ngrams_are_judged_by_what_matched():
     """Each length of a match on its own; the request outweighs what others have shown, in time."""
     planner, kind, own = Planner(MIDDLE, 16), ("ngram", "a rule"), Acceptance()
-    assert list(planner.ngram_rates(kind, own, 2, 3)) == pytest.approx([2 / 5, 3 / 6, 4 / 7])
+
+    def chances(matched, count):
+        return ngram_chances(planner.ngram_rates(kind, own), matched, count)
+
+    assert chances(2, 3) == pytest.approx([2 / 5, 3 / 6, 4 / 7])
     planner.count_guesses(kind, Acceptance(), [(2, False)] * 50 + [(3, True)] * 50 + [(0, False)] * 50)
-    low, high, same = planner.ngram_rates(kind, own, 2, 3)
+    low, high, same = chances(2, 3)
     assert low < 0.05 < 0.9 < high
     assert same == pytest.approx(4 / 7)
     planner.count_guesses(kind, own, [(2, True)] * 50)
-    assert next(planner.ngram_rates(kind, own, 2, 1)) > 0.8
+    assert chances(2, 1)[0] > 0.8
     planner.count_guesses(kind, own, [(500, True)] * 50)
-    assert list(planner.ngram_rates(kind, own, 400, 2))[1] > 0.9  # all long matches are one
+    assert chances(400, 2)[1] > 0.9  # all long matches are one
 
 
 def test_what_ngrams_would_have_brought_does_not_count_for_masks():
