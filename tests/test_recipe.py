@@ -105,8 +105,11 @@ def test_ablation(tmp_path):
     ablation.main([str(tmp_path), *size, "--seeds", "1", "--base-steps", "10", "--steps", "4"])
     rows = json.loads((tmp_path / "ablation.json").read_text())
     arms = {arm: rows[arm][0] for arm in ablation.ARMS}
-    assert len({arm["held_out_diffusion"] for arm in arms.values()}) == 4
+    assert len({arm["held_out_diffusion"] for arm in arms.values()}) == len(arms)
     assert arms["control"]["held_out_diffusion"] > max(arms[name]["held_out_diffusion"] for name in ("prefix", "mask"))
+    assert all(arm["tokens_per_verify_sampled"] >= 1 for name, arm in arms.items() if name != "control")
+    heads = [convert.load(tmp_path / f"{arm}-0").config.draft_head for arm in ("prefix", "separate", "markov")]
+    assert heads == ["shared", "separate", "markov"]
     parents = [convert.load(tmp_path / f"{arm}-0").config.mask_parent for arm in ("prefix", "mask", "zero")]
     assert parents == ["anchor", "previous", "none"]
 
