@@ -21,7 +21,7 @@ from blockdraft.convert.checkpoint import COPIED, config_dict, write_text
 from blockdraft.errors import RequestError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.tensor_names import QUANTIZED, SCALES, expected_shapes, is_quantized
-from blockdraft.model.weights import DTYPES, SINGLE_FILE, Checkpoint, bytes_of, resolve_folder
+from blockdraft.model.weights import ADAPTER_FILE, DTYPES, SINGLE_FILE, Checkpoint, bytes_of, resolve_folder
 from blockdraft.model.zaya import ZayaForCausalLM
 from blockdraft.verify import BUILT_IN, PROMPTS
 
@@ -106,7 +106,8 @@ def write_tensors(path: Path, specs: dict[str, Spec], tensors: Iterable[tuple[st
 
 
 def quantize(folder: Path, out: Path, progress: bool = True) -> None:
-    """Writes a model folder with experts of int8: config.json in the native style, one file of weights, the tokenizer.
+    """Writes a model folder with experts of int8: config.json in the native style, one file of weights, and
+    the tokenizer and adapters as they are.
 
     Args:
         folder: A model that `ZayaForCausalLM.from_pretrained` reads, not quantized.
@@ -134,7 +135,7 @@ def quantize(folder: Path, out: Path, progress: bool = True) -> None:
         finally:
             partial.unlink(missing_ok=True)
         dtype = checkpoint.stored_dtype("model.embed_tokens.weight")
-    for pattern in COPIED:
+    for pattern in (*COPIED, ADAPTER_FILE):
         for file in filter(Path.is_file, folder.glob(pattern)):
             shutil.copyfile(file, out / file.name)
     write_text(out / "config.json", json.dumps(config_dict(config, dtype), indent=2) + "\n")

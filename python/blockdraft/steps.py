@@ -75,6 +75,11 @@ class Step:
     page_table: Tensor  # [B, M]
     state_slots: Tensor  # [B]
 
+    @property
+    def drafting(self) -> Tensor:
+        """``[T, 1]`` bool: the rows of groups."""
+        return (self.row_group_end > self.row_group_begin)[:, None]
+
     def to(self, device: torch.device) -> Self:
         if self.token_ids.device == device:
             return self

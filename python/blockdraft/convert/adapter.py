@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from blockdraft.errors import RequestError
+from blockdraft.model.tensor_names import ADAPTED
 from blockdraft.reference.model import Linear, ZayaReference
-
-ADAPTED = ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj")
 
 
 class LowRank(nn.Module):
@@ -49,4 +48,4 @@ def add_adapters(model: ZayaReference, rank: int) -> list[nn.Parameter]:
 
 def adapted(model: ZayaReference) -> list[tuple[str, Linear]]:
     """The matrices that take an adapter, by name."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, Linear) and n.rsplit(".", 1)[-1] in ADAPTED]
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, Linear) and n.endswith(ADAPTED)]

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockdraft.convert.adapter import adapted, add_adapters
-from blockdraft.errors import CheckpointError, ConfigError
+from blockdraft.errors import ConfigError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.config_styles import quantization_config
 from blockdraft.model.tensor_names import MARKOV_IN, MARKOV_OUT, OUTPUT, expected_shapes
-from blockdraft.model.weights import ADAPTER_FILE, SINGLE_FILE, Checkpoint, resolve_folder
+from blockdraft.model.weights import ADAPTER_FILE, SINGLE_FILE, Checkpoint, read_adapters, resolve_folder
 from blockdraft.reference.model import ZayaReference
 
 # What the convolutions of a mask row look back on, and the config's word for it.
@@ -121,18 +121,10 @@ def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _load_adapters(model: ZayaReference, folder: Path) -> None:
-    path = folder / ADAPTER_FILE
-    if not path.is_file():
-        return
-    tensors = load_file(path)
-    ranks = {value.shape[0] for name, value in tensors.items() if name.endswith(".down")}
-    if len(ranks) != 1:
-        raise CheckpointError(f"{path}: rank: wanted one for all adapters, got {sorted(ranks)}")
-    add_adapters(model, ranks.pop())
-    expected = {name: value.shape for name, value in _adapter_tensors(model).items()}
-    if expected != {name: value.shape for name, value in tensors.items()}:
-        raise CheckpointError(f"{path}: the adapters are not those of this model")
-    model.load_state_dict(tensors, strict=False)
+    tensors = read_adapters(folder, model.config)
+    if tensors:
+        add_adapters(model, next(value.shape[0] for name, value in tensors.items() if name.endswith(".down")))
+        model.load_state_dict(tensors, strict=False)
 
 
 def _adapter_tensors(model: ZayaReference) -> dict[str, Tensor]:
@@ -149,7 +141,7 @@ def save(
 ) -> None:
     """Writes config.json and model.safetensors, for `ZayaForCausalLM.from_pretrained` here and in transformers.
 
-    Adapters go into a file of their own, draft_adapter.safetensors, which `load` reads.
+    Adapters go into a file of their own, draft_adapter.safetensors, which `load` and generation read.
     Each file takes the place of an older one at once: an interrupted run leaves no half of it.
 
     Args:

@@ -1,6 +1,7 @@
 """The stack of layers between token ids and the hidden states that the LM head reads."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from blockdraft.errors import ConfigError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.layers import DecoderLayer, LayerCache, PackedLinear, Read, ResidualNorm
 from blockdraft.model.memory import new_stack
-from blockdraft.model.tensor_names import SCALES
+from blockdraft.model.tensor_names import ADAPTED, SCALES
 from blockdraft.model.weights import Checkpoint
 from blockdraft.ops.decoder_forward import EXPERT_SCALES, LAYER_WEIGHTS, MODEL_WEIGHTS
+from blockdraft.steps import Step
 
 WAYS = ("fused", "modules")
 
@@ -41,9 +43,11 @@ class Decoder(nn.Module):
         device: Where it runs.
         skip_identity: What a row of the skip class gives: ``p * x`` instead of 0.
         progress: Show a progress bar.
+        adapters: Tensors of `read_adapters`; None or empty: rows that draft have the matrices of the others.
 
     Attributes:
-        fused: Whether a forward is one operator.
+        fused: Whether a forward is one operator, which knows no adapters: with these, forwards in which no row drafts.
+        adapted: Whether there are adapters.
         constants: Arguments of it that are the same in every step.
     """
 
@@ -55,17 +59,21 @@ class Decoder(nn.Module):
         device: torch.device,
         skip_identity: bool = False,
         progress: bool = False,
+        adapters: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         read = _reader(checkpoint, dtype, device)
         self.config = config
         self.fused = chosen_way() == "fused"
+        self.adapted = bool(adapters)
         self.lm_head = PackedLinear(read("model.embed_tokens.weight"))
         self.input = ResidualNorm(read, "model.input_", "model.layers.0.input_layernorm.weight", config.rms_norm_eps)
         self.layers = nn.ModuleList()
         stacks: dict[str, Tensor] = {}
         for i in tqdm(range(config.num_hidden_layers), "loading", unit="layer", disable=not progress, leave=False):
             layer = DecoderLayer(config, read, i, skip_identity)
+            if adapters:
+                layer.self_attn.adapt(_adapters_of(adapters, i, dtype, device))
             _move_into(stacks, layer, i, config.num_hidden_layers)
             self.layers.append(layer)
         sizes = (config.vocab_size, config.moe_intermediate_size)
@@ -87,7 +95,8 @@ class Decoder(nn.Module):
 
     def forward(self, transaction: Transaction) -> Tensor:
         """Hidden states ``[T, H]`` of a step's rows; keys go into the pages, projections into the transaction."""
-        x, transaction.projections = self._run_operator(transaction) if self.fused else self._run_modules(transaction)
+        fused = self.fused and not (self.adapted and _may_draft(transaction.step))
+        x, transaction.projections = self._run_operator(transaction) if fused else self._run_modules(transaction)
         return x
 
     def _run_operator(self, transaction: Transaction) -> tuple[Tensor, Tensor]:
@@ -122,6 +131,11 @@ class Decoder(nn.Module):
         return x, torch.stack(projections)
 
 
+def _may_draft(step: Step) -> bool:
+    """Whether rows draft; on a GPU, where nobody shall wait for the answer, they might."""
+    return step.token_ids.device.type != "cpu" or bool(step.drafting.any())
+
+
 def _move_into(stacks: dict[str, Tensor], module: DecoderLayer, layer: int, layers: int) -> None:
     """The module's weights move into tensors of all layers; the module keeps views."""
     for name in (*LAYER_WEIGHTS, *EXPERT_SCALES):
@@ -132,6 +146,15 @@ def _move_into(stacks: dict[str, Tensor], module: DecoderLayer, layer: int, laye
         if name not in stacks:
             stacks[name] = new_stack(weight, layers - layer)
         setattr(owner, leaf, nn.Buffer(stacks[name][layer - layers].copy_(weight)))
+
+
+def _adapters_of(
+    adapters: Mapping[str, Tensor], layer: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    def part(leaf: str, side: str) -> Tensor:
+        return adapters[f"model.layers.{layer}.{leaf}.adapter.{side}"].to(device, dtype)
+
+    return [(part(leaf, "down"), part(leaf, "up")) for leaf in ADAPTED]
 
 
 def _reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Read:

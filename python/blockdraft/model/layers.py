@@ -4,7 +4,7 @@ Weights are buffers, packed for the device when a module is made from a checkpoi
 twin is `blockdraft.reference.model`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,24 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, out_float32: bool = False) -> Tensor:
         return ops.packed_linear(x, self.weight, self.out_features, out_float32)
+
+
+class DraftAdapter(nn.Module):
+    """``y + x @ down.T @ up.T`` for rows that draft; y as it is for the others.
+
+    Args:
+        pairs: down ``[rank, inputs]`` and up ``[outputs, rank]`` of each matrix whose outputs lie in y, in order.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        downs, ups = zip(*pairs, strict=True)
+        self.down = PackedLinear(torch.cat(downs))
+        self.up = PackedLinear(torch.block_diag(*ups))
+
+    def forward(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
+        # Computed for all rows and chosen, since a graph's shapes must not depend on which rows draft.
+        return torch.where(step.drafting, y + self.up(self.down(x)), y)
 
 
 class ResidualNorm(nn.Module):
@@ -86,10 +104,18 @@ class Attention(nn.Module):
         self.inverse_frequencies = nn.Buffer(config.inverse_frequencies(layer).to(self.temp.device))
         self.softmax_scale = D**-0.5
         self.sliding_window = config.window(layer)
+        self.qkv_adapter: DraftAdapter | None = None
+        self.o_adapter: DraftAdapter | None = None
+
+    def adapt(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Gives the matrices adapters, in the order of `tensor_names.ADAPTED`."""
+        self.qkv_adapter, self.o_adapter = DraftAdapter(pairs[:-1]), DraftAdapter(pairs[-1:])
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Returns the output and the joint projection, from which the step is committed."""
         qkv = self.qkv_proj(x)
+        if self.qkv_adapter is not None:
+            qkv = self.qkv_adapter(x, qkv, step)
         q, k, v = ops.cca_mix(
             qkv,
             step.row_parents,
@@ -122,7 +148,9 @@ class Attention(nn.Module):
             self.softmax_scale,
             self.sliding_window,
         )
-        return self.o_proj(out.flatten(1)), qkv
+        out = out.flatten(1)
+        y = self.o_proj(out)
+        return (y if self.o_adapter is None else self.o_adapter(out, y, step)), qkv
 
 
 class MoE(nn.Module):

@@ -10,6 +10,12 @@ RESIDUAL_SCALE = ("hidden_states_scale", "hidden_states_bias", "residual_scale",
 OUTPUT = "diffusion_output_layer.weight"
 MARKOV_IN, MARKOV_OUT = "diffusion_markov_head.w1", "diffusion_markov_head.w2"
 
+# Matrices of a layer that take an adapter, below its prefix (`blockdraft.convert.add_adapters`).
+ADAPTED = (
+    *(f"self_attn.qkv_proj.{name}" for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")),
+    "self_attn.o_proj",
+)
+
 QUANTIZED = (".experts.gate_up_proj", ".experts.down_proj")
 SCALES = (".experts.gate_up_proj_scale", ".experts.down_proj_scale")
 
@@ -63,6 +69,16 @@ def _draft_head_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
         shapes[OUTPUT] = (V, config.hidden_size)
     if config.draft_head == "markov":
         shapes |= {MARKOV_IN: (V, rank), MARKOV_OUT: (rank, V)}
+    return shapes
+
+
+def adapter_shapes(config: ZayaConfig, rank: int) -> dict[str, tuple[int, ...]]:
+    """The name and the shape of every tensor of a model's adapters."""
+    weights = expected_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in (f"model.layers.{layer}.{leaf}" for layer in range(config.num_hidden_layers) for leaf in ADAPTED):
+        outputs, inputs = weights[f"{name}.weight"]
+        shapes |= {f"{name}.adapter.down": (rank, inputs), f"{name}.adapter.up": (outputs, rank)}
     return shapes
 
 

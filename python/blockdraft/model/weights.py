@@ -21,7 +21,7 @@ from blockdraft.errors import CheckpointError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.files import PLAIN_NAME, UnusableFile, open_regular, read_into, read_json, shown
 from blockdraft.model.safetensors_header import MAX_HEADER_BYTES, NAME_RULE, TENSOR_NAME, StoredTensor, read_header
-from blockdraft.model.tensor_names import SCALES, expected_shapes, is_quantized, legacy_names
+from blockdraft.model.tensor_names import SCALES, adapter_shapes, expected_shapes, is_quantized, legacy_names
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE = "draft_adapter.safetensors"  # of `blockdraft.convert`
@@ -104,13 +104,7 @@ class Checkpoint:
         if name not in self._parts or self._stack is None:
             reason = "not a tensor of this model" if self._stack else "the checkpoint is closed"
             raise CheckpointError(f"{self.folder}: {name}: {reason}")
-        parts = self._parts[name]
-        tensor = torch.empty(self._shapes[name], dtype=DTYPES[parts[0].stored.dtype], device="cpu")
-        rows = bytes_of(tensor)
-        for i, part in enumerate(parts):
-            size = part.stored.nbytes
-            _read_part(part, rows[i * size : (i + 1) * size])
-        _check_finite(tensor, parts[0])
+        tensor = _read_parts(self._parts[name], self._shapes[name])
         return tensor.float() if name.endswith(("balancing_biases", *SCALES)) else tensor
 
     def close(self) -> None:
@@ -124,6 +118,30 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_adapters(folder: Path, config: ZayaConfig) -> dict[str, Tensor]:
+    """The low-rank additions of rows that draft, by name, as stored; empty where the folder has none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not hold the adapters of a model of this config, all of one
+            rank.
+    """
+    path = Path(folder) / ADAPTER_FILE
+    if not os.path.lexists(path):
+        return {}
+    with ExitStack() as stack:
+        shard = _open_shard(Path(folder), ADAPTER_FILE, stack)
+        shapes = {name: stored.shape for name, stored in shard.tensors.items()}
+        ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".down") and shape}
+        if len(ranks) != 1 or 0 in ranks:
+            raise CheckpointError(f"{path}: rank: wanted one for all adapters, got {sorted(ranks)}")
+        if shapes != adapter_shapes(config, ranks.pop()):
+            raise CheckpointError(f"{path}: the adapters are not those of this model")
+        parts = {name: Part(name, shard) for name in shapes}
+        for part in parts.values():
+            _check_dtype(part, quantized=False)
+        return {name: _read_parts([part], shapes[name]) for name, part in parts.items()}
 
 
 def _open_shards(folder: Path, stack: ExitStack) -> list[Shard]:
@@ -264,6 +282,17 @@ def _read_part(part: Part, rows: memoryview) -> None:
         read_into(part.shard.file, rows, part.stored.offset)
         if _state(part.shard.file) != part.shard.state:
             raise UnusableFile("the file has changed since it was checked")
+
+
+def _read_parts(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
+    """One behind the other, checked."""
+    tensor = torch.empty(shape, dtype=DTYPES[parts[0].stored.dtype], device="cpu")
+    rows = bytes_of(tensor)
+    for i, part in enumerate(parts):
+        size = part.stored.nbytes
+        _read_part(part, rows[i * size : (i + 1) * size])
+    _check_finite(tensor, parts[0])
+    return tensor
 
 
 def _check_finite(tensor: Tensor, part: Part) -> None:

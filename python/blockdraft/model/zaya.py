@@ -1,6 +1,5 @@
 """`ZayaForCausalLM`: a checkpoint, ready to generate."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -16,7 +15,7 @@ from blockdraft.generate import Engine
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.decoder import Decoder
 from blockdraft.model.heads import Heads
-from blockdraft.model.weights import ADAPTER_FILE, Checkpoint, resolve_folder
+from blockdraft.model.weights import Checkpoint, read_adapters, resolve_folder
 from blockdraft.outputs import GenerationOutput, StreamEvent
 from blockdraft.plan import CostTable, Planner
 from blockdraft.runner import CudaCapture, EagerRunner, GraphRunner
@@ -97,20 +96,16 @@ class ZayaForCausalLM:
         Raises:
             ConfigError: config.json does not describe a model that can be run, or an argument here does not.
             CheckpointError: The folder or its weights cannot be read.
-
-        Warns:
-            UserWarning: The folder holds adapters for drafting, which generation does not use yet.
         """
         device = torch.device(device)
         _check_arguments(dtype, device, skip_expert, kv_cache_tokens, max_batch_size)
         folder = resolve_folder(path_or_hub_id)
         config = ZayaConfig.from_folder(folder)
-        if (folder / ADAPTER_FILE).exists():
-            warnings.warn(f"{folder}: {ADAPTER_FILE} is not used: drafts are those of the model without", stacklevel=2)
         if mask_token_id is not None:
             config = config.with_mask_token_id(mask_token_id)
         with Checkpoint(folder, config) as checkpoint:
-            decoder = Decoder(config, checkpoint, dtype, device, skip_expert == "identity", progress)
+            adapters = read_adapters(folder, config)
+            decoder = Decoder(config, checkpoint, dtype, device, skip_expert == "identity", progress, adapters)
             heads = Heads.read(config, checkpoint, decoder.lm_head, dtype, device)
         tokenizer, costs = _load_tokenizer(folder), CostTable.load(config, dtype, device, folder)
         return cls(config, decoder, tokenizer, dtype, device, kv_cache_tokens, max_batch_size, heads, costs, gpu_graphs)
