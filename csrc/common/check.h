@@ -92,9 +92,11 @@ class Checker {
   torch::stable::Device device_;
 };
 
-// For a tensor whose dtype was checked to be one of these three.
+// For a tensor whose dtype was checked to be one of these.
 inline DType to_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Char) return DType::kInt8;
+  if (dtype == ScalarType::Float8_e4m3fn) return DType::kFloat8;
+  if (dtype == ScalarType::Byte) return DType::kMxfp4;
   return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32;
 }
 

@@ -13,6 +13,11 @@ namespace blockdraft {
 
 inline constexpr int64_t kPanelOutputs = 32, kPanelPair = 64;  // csrc/cpu/gemm.h
 
+// The last size of a packed weight; Mxfp4 has two weights in a byte.
+inline Dim pair_dim(ScalarType weight) {
+  return weight == ScalarType::Byte ? Dim{"32", kPanelPair / 2} : Dim{"64", kPanelPair};
+}
+
 inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 template <class T>

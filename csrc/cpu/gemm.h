@@ -92,6 +92,20 @@ BLOCKDRAFT_INLINE PairOf load_pair(const Int8* pair, int64_t c) {
   return {__builtin_convertvector((both << 24) >> 24, Native), __builtin_convertvector(both >> 8, Native)};
 }
 
+// A byte of E4M3 at the end of each word, in float32, as to_float(Float8).
+BLOCKDRAFT_INLINE Native float8_values(NativeWords bytes) {
+  const NativeInts size = bits_as<NativeInts>(bytes & 0x7fu);
+  const NativeInts denormal = bits_as<NativeInts>(__builtin_convertvector(size, Native) * 0x1p-9f);
+  const NativeInts normal = (size << 20) + (120 << 23), bits = size < 8 ? denormal : normal;
+  return bits_as<Native>(bits_as<NativeWords>(bits) | (bytes & 0x80u) << 24);
+}
+
+BLOCKDRAFT_INLINE PairOf load_pair(const Float8* pair, int64_t c) {
+  const NativeWords both =
+      bits_as<NativeWords>(__builtin_convertvector(load_native<NativeShorts>(pair + 2 * c), NativeInts));
+  return {float8_values(both & 0xffu), float8_values((both >> 8) & 0xffu)};
+}
+
 // sums [kRows][64] += x [kRows, 2 * pairs] panel, of kStrip outputs from c on.
 template <int kRows, bool kFirst, class W>
 static inline void multiply_strip(const float* x, int64_t stride, const W* panel, int64_t c, int64_t pairs,
@@ -149,35 +163,46 @@ BLOCKDRAFT_INLINE Operands load_operands(const BFloat16* panel) {
   return {{bits_as<__m512bh>(load_words(panel)), bits_as<__m512bh>(load_words(panel + kPanel))}};
 }
 
-// The bytes of 0 .. 127 in bfloat16, for two table lookups by 7 bits.
+// The bytes of 128 values without sign in bfloat16, for two table lookups by 7 bits.
 struct ByteTables {
   alignas(64) uint8_t low[128], high[128];
-  constexpr ByteTables() : low(), high() {
+  template <class ValueOf>
+  constexpr explicit ByteTables(ValueOf value_of) : low(), high() {
     for (int i = 0; i < 128; ++i) {
-      const uint16_t bits = from_float<BFloat16>(static_cast<float>(i)).bits;
+      const uint16_t bits = from_float<BFloat16>(value_of(i)).bits;
       low[i] = bits & 0xff, high[i] = bits >> 8;
     }
   }
 };
-constexpr ByteTables kSizes;
+constexpr ByteTables kSizes([](int i) { return static_cast<float>(i); });
+constexpr ByteTables kFloat8Sizes([](int i) { return to_float(Float8{static_cast<uint8_t>(i)}); });
 
 // Unpacking works within 16 bytes, the pairs of 8 outputs: the first operand has the first four of each 8, the second
 // one the others. A fifth permutation would put them in order here; order_outputs does it once for a sum.
-BLOCKDRAFT_INLINE Operands load_operands(const Int8* panel) {
-  const __m512i values = _mm512_loadu_si512(panel);
-  const __m512i sizes = _mm512_abs_epi8(values), signs = _mm512_and_si512(values, _mm512_set1_epi8(-128));
+BLOCKDRAFT_INLINE Operands look_up(const ByteTables& tables, __m512i sizes, __m512i values) {
+  const __m512i signs = _mm512_and_si512(values, _mm512_set1_epi8(-128));
   const __m512i low =
-      _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.low), sizes, _mm512_load_si512(kSizes.low + 64));
+      _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), sizes, _mm512_load_si512(tables.low + 64));
   const __m512i high = _mm512_or_si512(
-      _mm512_permutex2var_epi8(_mm512_load_si512(kSizes.high), sizes, _mm512_load_si512(kSizes.high + 64)), signs);
+      _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), sizes, _mm512_load_si512(tables.high + 64)), signs);
   return {{bits_as<__m512bh>(_mm512_unpacklo_epi8(low, high)), bits_as<__m512bh>(_mm512_unpackhi_epi8(low, high))}};
 }
+BLOCKDRAFT_INLINE Operands load_operands(const Int8* panel) {
+  const __m512i values = _mm512_loadu_si512(panel);
+  return look_up(kSizes, _mm512_abs_epi8(values), values);
+}
+BLOCKDRAFT_INLINE Operands load_operands(const Float8* panel) {
+  const __m512i values = _mm512_loadu_si512(panel);  // a lookup takes the lower 7 bits
+  return look_up(kFloat8Sizes, values, values);
+}
 
-BLOCKDRAFT_INLINE void order_outputs(const BFloat16*, const Int8*, Vec* total) {
+BLOCKDRAFT_INLINE void order_bytes(Vec* total) {
   const Vec a = total[0], b = total[1];
   total[0] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   total[1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 }
+BLOCKDRAFT_INLINE void order_outputs(const BFloat16*, const Int8*, Vec* total) { order_bytes(total); }
+BLOCKDRAFT_INLINE void order_outputs(const BFloat16*, const Float8*, Vec* total) { order_bytes(total); }
 
 template <int kRows, bool kFirst, class W>
 static inline void multiply_tile(const BFloat16* x, int64_t stride, const W* panel, int64_t pairs, float* sums) {
@@ -238,14 +263,15 @@ BLOCKDRAFT_INLINE void multiply_rest(int64_t rows, const X* x, int64_t stride, c
 }
 
 // sums [rows] += x [rows, 2 * pairs] panel, at most kBlockPairs pairs of more than a few rows; row_sums floats a row.
-template <class X, class W>
+// kCold: the panel comes from memory.
+template <bool kCold = true, class X, class W>
 static inline void accumulate_block(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t pairs,
                                     float* sums) {
   constexpr int kTileRows = tile_rows(static_cast<const X*>(nullptr));
   constexpr int64_t kSums = row_sums(static_cast<const X*>(nullptr));
   int64_t i = 0;
   if (rows >= kTileRows) {
-    multiply_tile<kTileRows, true>(x, stride, panel, pairs, sums);
+    multiply_tile<kTileRows, kCold>(x, stride, panel, pairs, sums);
     i = kTileRows;
   }
   for (; i + kTileRows <= rows; i += kTileRows)
@@ -282,23 +308,30 @@ BLOCKDRAFT_INLINE void choose_few_rows(int64_t rows, const X* x, int64_t stride,
   }
 }
 
-// out(row, sums of 32 and 32 outputs) for at most kBlockRows rows and two panels, the second `distance`
-// values after the first, with the bits of multiply_panel.
-template <class X, class W, class Out>
-static inline void multiply_two_panels(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t distance,
-                                       int64_t pairs, Out out) {
-  constexpr int64_t kFewRows = few_rows(static_cast<const X*>(nullptr));
-  if (rows <= kFewRows) return choose_few_rows<kFewRows>(rows, x, stride, panel, distance, pairs, out);
+// out(row, sums of 32 and 32 outputs) for at most kBlockRows rows and two panels, one after the other.
+template <class X, class Panel, class Out>
+static inline void multiply_in_turn(const X* x, int64_t stride, int64_t rows, Panel panel, Panel next, int64_t pairs,
+                                    Out out) {
   Vec first[kBlockRows][4];
   multiply_panel(x, stride, rows, panel, pairs, [&](int64_t t, const Vec(&total)[2]) {
     first[t][0] = total[0];
     first[t][1] = total[1];
   });
-  multiply_panel(x, stride, rows, panel + distance, pairs, [&](int64_t t, const Vec(&total)[2]) {
+  multiply_panel(x, stride, rows, next, pairs, [&](int64_t t, const Vec(&total)[2]) {
     first[t][2] = total[0];
     first[t][3] = total[1];
     out(t, first[t]);
   });
+}
+
+// The same for a panel and the one behind it in memory, with the bits of multiply_panel.
+template <class X, class W, class Out>
+static inline void multiply_two_panels(const X* x, int64_t stride, int64_t rows, const W* panel, int64_t pairs,
+                                       Out out) {
+  constexpr int64_t kFewRows = few_rows(static_cast<const X*>(nullptr));
+  const int64_t distance = pairs * kPair;
+  if (rows <= kFewRows) return choose_few_rows<kFewRows>(rows, x, stride, panel, distance, pairs, out);
+  multiply_in_turn(x, stride, rows, panel, panel + distance, pairs, out);
 }
 
 // The first n of 32 outputs to out, in the storage type.

@@ -1,6 +1,6 @@
 #include "ops/moe_experts.h"
 
-#include "cpu/gemm.h"
+#include "cpu/mxfp4.h"
 
 namespace blockdraft::cpu::BLOCKDRAFT_ISA {
 namespace {
@@ -17,12 +17,26 @@ BLOCKDRAFT_INLINE Scales load_scales(const float* scales, int64_t n) {
   return {{load(values), load(values + kLanes)}};
 }
 
+template <class W>
+BLOCKDRAFT_INLINE const W* panel_at(W, const void* weights, const void*, int64_t index, int64_t pairs) {
+  return static_cast<const W*>(weights) + index * pairs * kPair;
+}
+BLOCKDRAFT_INLINE MxPanel panel_at(Mxfp4, const void* weights, const void* scales, int64_t index, int64_t pairs) {
+  return mx_panel(weights, scales, index * pairs);
+}
+
+// By which sums are multiplied, from a row on; nullptr for nothing.
+template <class W>
+BLOCKDRAFT_INLINE const float* row_scales(const void* scales, int64_t row) {
+  return kScaledRows<W> ? static_cast<const float*>(scales) + row : nullptr;
+}
+
 template <class T, class W>
 void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
-  const int64_t panels = blocks(p.I, kPanel), size = p.pairs * kPair, stride = p.hidden_stride;
+  const int64_t panels = blocks(p.I, kPanel), stride = p.hidden_stride;
   const int64_t expert = p.expert_ids[touched], first_output = panel * kPanel;
-  const W* gate = static_cast<const W*>(p.gate_up_proj) + (expert * panels + panel) * 2 * size;
-  const float* scales = p.gate_up_scales ? p.gate_up_scales + expert * 2 * p.I + first_output : nullptr;
+  const auto gate = panel_at(W{}, p.gate_up_proj, p.gate_up_scales, (expert * panels + panel) * 2, p.pairs);
+  const float* scales = row_scales<W>(p.gate_up_scales, expert * 2 * p.I + first_output);
   const Scales gate_scales = load_scales(scales, p.I - first_output);
   const Scales up_scales = load_scales(scales ? scales + p.I : nullptr, p.I - first_output);
   const int64_t n = minimum(kPanel, stride - first_output);
@@ -30,7 +44,7 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
     const int64_t rows = minimum(kBlockRows, p.expert_rows[touched + 1] - first);
     const auto* x = static_cast<const RowOf<T>*>(p.rows) + first * 2 * p.pairs;
     auto* hidden = static_cast<RowOf<T>*>(p.hidden) + first * stride + first_output;
-    multiply_two_panels(x, 2 * p.pairs, rows, gate, size, p.pairs, [&](int64_t t, const Vec(&total)[4]) {
+    multiply_two_panels(x, 2 * p.pairs, rows, gate, p.pairs, [&](int64_t t, const Vec(&total)[4]) {
       for (int64_t j = 0; j < 2; ++j) {
         const Vec product = silu(total[j] * gate_scales.of[j]) * (total[2 + j] * up_scales.of[j]);
         for (int64_t c = 0; c < minimum(kLanes, n - j * kLanes); ++c)
@@ -41,11 +55,11 @@ void up_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel) {
 }
 
 // `total` is of row t of the expert that was touched as number `touched`.
-template <class T>
+template <class T, class W>
 BLOCKDRAFT_INLINE void store_weighted(const MoeExpertsParams& p, int64_t touched, int64_t panel, int64_t t,
                                       const Vec* total) {
   const int64_t row = p.sorted_rows[p.expert_rows[touched] + t], n = p.H - panel * kPanel;
-  const float* scales = p.down_scales ? p.down_scales + p.expert_ids[touched] * p.H + panel * kPanel : nullptr;
+  const float* scales = row_scales<W>(p.down_scales, p.expert_ids[touched] * p.H + panel * kPanel);
   const Scales scale = load_scales(scales, n);
   const Vec weighted[2] = {total[0] * scale.of[0] * p.topk_weights[row], total[1] * scale.of[1] * p.topk_weights[row]};
   store_panel(static_cast<T*>(p.out) + row * p.H + panel * kPanel, weighted, n);
@@ -54,19 +68,20 @@ BLOCKDRAFT_INLINE void store_weighted(const MoeExpertsParams& p, int64_t touched
 // Returns how many panels it took, at most `most`: two for few rows.
 template <class T, class W>
 int64_t down_panels(const MoeExpertsParams& p, int64_t touched, int64_t panel, int64_t most) {
-  const int64_t panels = blocks(p.H, kPanel), size = p.inner_pairs * kPair, stride = p.hidden_stride;
+  const int64_t panels = blocks(p.H, kPanel), stride = p.hidden_stride;
   const int64_t first = p.expert_rows[touched], rows = p.expert_rows[touched + 1] - first;
-  const W* weight = static_cast<const W*>(p.down_proj) + (p.expert_ids[touched] * panels + panel) * size;
+  const int64_t index = p.expert_ids[touched] * panels + panel;
+  const auto weight = panel_at(W{}, p.down_proj, p.down_scales, index, p.inner_pairs);
   const auto* hidden = static_cast<const RowOf<T>*>(p.hidden) + first * stride;
   if (minimum(most, panels - panel) > 1 && rows <= few_rows(hidden)) {
-    multiply_two_panels(hidden, stride, rows, weight, size, p.inner_pairs, [&](int64_t t, const Vec(&total)[4]) {
-      store_weighted<T>(p, touched, panel, t, total);
-      store_weighted<T>(p, touched, panel + 1, t, total + 2);
+    multiply_two_panels(hidden, stride, rows, weight, p.inner_pairs, [&](int64_t t, const Vec(&total)[4]) {
+      store_weighted<T, W>(p, touched, panel, t, total);
+      store_weighted<T, W>(p, touched, panel + 1, t, total + 2);
     });
     return 2;
   }
   multiply_panel(hidden, stride, rows, weight, p.inner_pairs,
-                 [&](int64_t t, const Vec(&total)[2]) { store_weighted<T>(p, touched, panel, t, total); });
+                 [&](int64_t t, const Vec(&total)[2]) { store_weighted<T, W>(p, touched, panel, t, total); });
   return 1;
 }
 
@@ -80,11 +95,13 @@ void skip_row(const MoeExpertsParams& p, int64_t row) {
 // f with a value of the type of activations and one of that of weights.
 template <class F>
 void visit_types(const MoeExpertsParams& p, F f) {
-  const bool bytes = p.weight_dtype == DType::kInt8;
-  if (p.dtype == DType::kBFloat16)
-    bytes ? f(BFloat16{}, Int8{}) : f(BFloat16{}, BFloat16{});
-  else
-    bytes ? f(float{}, Int8{}) : f(float{}, float{});
+  const auto with = [&](auto x) {
+    if (p.weight_dtype == DType::kInt8) return f(x, Int8{});
+    if (p.weight_dtype == DType::kFloat8) return f(x, Float8{});
+    if (p.weight_dtype == DType::kMxfp4) return f(x, Mxfp4{});
+    f(x, x);
+  };
+  p.dtype == DType::kBFloat16 ? with(BFloat16{}) : with(float{});
 }
 
 }  // namespace

@@ -47,6 +47,19 @@ BLOCKDRAFT_INLINE void store_row(WordVec row, int64_t i, Int8* packed) {
   for (int j = 0; j < 2; ++j) __builtin_memcpy(packed + (2 * i + j) * kPair, &pairs[j], sizeof pairs[j]);
 }
 
+// Even k of a word of 8 codes to its lower half, odd k to the upper one.
+BLOCKDRAFT_INLINE uint32_t part_codes(uint32_t codes) {
+  const auto gather = [](uint32_t x) {
+    x = (x | x >> 4) & 0x00ff00ff;
+    return (x | x >> 8) & 0xffff;
+  };
+  return gather(codes & 0x0f0f0f0f) | gather(codes >> 4 & 0x0f0f0f0f) << 16;
+}
+BLOCKDRAFT_INLINE void store_row(WordVec row, int64_t i, Mxfp4* packed) {
+  for (int l = 0; l < kLanes; ++l) row[l] = part_codes(row[l]);
+  __builtin_memcpy(packed + i * kPanel * kWordBytes, &row, sizeof row);
+}
+
 // Words [16][16] of rows `stride` bytes apart, to [16][32].
 template <class T>
 BLOCKDRAFT_INLINE void transpose_tile(const char* rows, int64_t stride, T* packed) {
@@ -83,14 +96,36 @@ void pack_panel(const PackWeightParams& p, int64_t matrix, int64_t panel) {
   pack_rest(weight, p.K, rows, whole, p.pairs, packed);
 }
 
+// A word is 8 k of a row.
+void pack_mx_panel(const PackWeightParams& p, int64_t matrix, int64_t panel) {
+  const int64_t half_rows = p.N / p.halves, first = panel / p.halves * kPanel, stride = p.K / 2;
+  const char* weight =
+      static_cast<const char*>(p.weight) + (matrix * p.N + panel % p.halves * half_rows + first) * stride;
+  Mxfp4* packed = static_cast<Mxfp4*>(p.packed) + (matrix * p.panels + panel) * p.pairs * kPair / 2;
+  const int64_t rows = minimum(kPanel, half_rows - first), words = stride / kWordBytes;
+  const int64_t whole = rows == kPanel ? words / kLanes * kLanes : 0;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t c = 0; c < kPanel; c += kLanes)
+      transpose_tile(weight + c * stride + i * kWordBytes, stride, packed + (i * kPanel + c) * kWordBytes);
+  for (int64_t i = whole; i < words; ++i)
+    for (int64_t c = 0; c < kPanel; ++c) {
+      uint32_t codes = 0;
+      if (c < rows) __builtin_memcpy(&codes, weight + c * stride + i * kWordBytes, sizeof codes);
+      codes = part_codes(codes);
+      __builtin_memcpy(packed + (i * kPanel + c) * kWordBytes, &codes, sizeof codes);
+    }
+}
+
 }  // namespace
 
 void pack_weight(const PackWeightParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (p.dtype == DType::kBFloat16)
       pack_panel<BFloat16>(p, i / p.panels, i % p.panels);
-    else if (p.dtype == DType::kInt8)
+    else if (p.dtype == DType::kInt8 || p.dtype == DType::kFloat8)
       pack_panel<Int8>(p, i / p.panels, i % p.panels);
+    else if (p.dtype == DType::kMxfp4)
+      pack_mx_panel(p, i / p.panels, i % p.panels);
     else
       pack_panel<float>(p, i / p.panels, i % p.panels);
   }

@@ -8,8 +8,8 @@ namespace blockdraft::cpu {
 constexpr int64_t kPanel = 32;  // outputs of a panel
 constexpr int64_t kPair = 64;   // elements of a panel for two k
 
-// Place of (output c, k) in its pair: [32][2] in bfloat16, as matrix instructions want it, and int8; [2][32] in
-// float32.
+// Place of (output c, k) in its pair: [32][2] in bfloat16, as matrix instructions want it, and bytes; [2][32] in
+// float32. Mxfp4 is in mxfp4.h.
 template <class T>
 BLOCKDRAFT_INLINE int64_t in_pair(int64_t c, int64_t k) {
   return sizeof(T) < 4 ? 2 * c + (k & 1) : (k & 1) * kPanel + c;

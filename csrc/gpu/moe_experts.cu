@@ -61,10 +61,10 @@ __device__ void for_rows_of(const MoeExpertsParams& p, int expert, F chunk) {
   }
 }
 
-// Of an output of a weight of type W.
+// Of the sum of an output of weights of type W.
 template <class W>
-__device__ float scale_of(const float* scales, int64_t output) {
-  if constexpr (sizeof(W) == 1) return scales[output];
+__device__ float scale_of(const void* scales, int64_t output) {
+  if constexpr (kScaledRows<W>) return static_cast<const float*>(scales)[output];
   return 1;
 }
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_up
   const int strips = static_cast<int>((p.I + kPanel - 1) / kPanel), block = static_cast<int>(blockIdx.x);
   const int expert = block / strips, strip = block % strips;
   const T* x = static_cast<const T*>(p.x);
-  const Panels<W> weights = {static_cast<const W*>(p.gate_up_proj) + int64_t{block} * 2 * p.pairs * kPair, p.pairs, 2};
+  const auto weights = panels_at(W{}, p.gate_up_proj, p.gate_up_scales, int64_t{block} * 2, p.pairs, 2);
   const int64_t first_row = expert * 2 * p.I;
   for_rows_of<kRows>(p, expert, [&](const int32_t* rows) {
     const auto row = [&](int i) { return rows[i] < 0 ? nullptr : x + rows[i] * p.H; };
@@ -121,9 +121,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kRows)) moe_experts_do
   const int block = static_cast<int>(blockIdx.x), expert = block / strips, panel = block % strips * kPanels;
   if (expert >= p.E) return skip_rows<T>(p, (block - p.E * strips) * kWarps);
   const T* hidden = static_cast<const T*>(p.hidden);
-  const Panels<W> weights = {
-      static_cast<const W*>(p.down_proj) + (expert * int64_t{panels} + panel) * p.inner_pairs * kPair, p.inner_pairs,
-      panels - panel};
+  const auto weights =
+      panels_at(W{}, p.down_proj, p.down_scales, expert * int64_t{panels} + panel, p.inner_pairs, panels - panel);
   for_rows_of<kRows>(p, expert, [&](const int32_t* rows) {
     const auto row = [&](int i) { return rows[i] < 0 ? nullptr : hidden + rows[i] * p.hidden_stride; };
     product.template multiply<kWhole>(weights, row, p.I, true, [&](int first) {
@@ -167,13 +166,20 @@ void launch_bfloat16(const MoeExpertsParams& p, void* stream) {
 }  // namespace
 
 const char* moe_experts(const MoeExpertsParams& p, void* stream) {
-  const bool int8 = p.weight_dtype == DType::kInt8, wide = p.dtype == DType::kFloat32;
-  if (wide && int8)
-    launch<float, Int8, 16, false>(p, stream);
-  else if (wide)
+  const auto with = [&](auto w) {
+    if (p.dtype == DType::kFloat32)
+      launch<float, decltype(w), 16, false>(p, stream);
+    else
+      launch_bfloat16<decltype(w)>(p, stream);
+  };
+  if (p.weight_dtype == DType::kInt8)
+    with(Int8{});
+  else if (p.weight_dtype == DType::kFloat8)
+    with(Float8{});
+  else if (p.weight_dtype == DType::kMxfp4)
+    with(Mxfp4{});
+  else if (p.dtype == DType::kFloat32)
     launch<float, float, 16, false>(p, stream);
-  else if (int8)
-    launch_bfloat16<Int8>(p, stream);
   else
     launch_bfloat16<BFloat16>(p, stream);
   return last_error();

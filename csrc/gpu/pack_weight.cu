@@ -23,6 +23,29 @@ __global__ void __launch_bounds__(kThreads) pack_weight_kernel(PackWeightParams 
   }
 }
 
+// Even k of a word of 8 codes.
+__device__ inline uint32_t even_codes(uint32_t codes) {
+  codes &= 0x0f0f0f0f;
+  codes = (codes | codes >> 4) & 0x00ff00ff;
+  return (codes | codes >> 8) & 0xffff;
+}
+
+// As above; a thread moves a word of 8 codes of a row.
+__global__ void __launch_bounds__(kThreads) pack_mxfp4_kernel(PackWeightParams p) {
+  const int64_t panel = blockIdx.x % p.panels, matrix = blockIdx.x / p.panels, words = p.K / 8;
+  const int64_t half_rows = p.N / p.halves, first = panel / p.halves * kPanel;
+  const auto* weight =
+      static_cast<const uint32_t*>(p.weight) + (matrix * p.N + panel % p.halves * half_rows + first) * words;
+  auto* packed = static_cast<uint32_t*>(p.packed) + blockIdx.x * words * kPanel;
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * (kBlockPairs / 4);
+  for (int at = threadIdx.x; at < kBlockPairs / 4 * kPanel; at += kThreads) {
+    const int64_t c = at % kPanel, i = begin + at / kPanel;
+    if (i >= words) continue;
+    const uint32_t codes = first + c < half_rows ? weight[c * words + i] : 0;
+    packed[i * kPanel + c] = even_codes(codes) | even_codes(codes >> 4) << 16;
+  }
+}
+
 }  // namespace
 
 const char* pack_weight(const PackWeightParams& p, void* stream) {
@@ -31,7 +54,9 @@ const char* pack_weight(const PackWeightParams& p, void* stream) {
   const auto launch = [&](auto tag) {
     BLOCKDRAFT_LAUNCH(pack_weight_kernel<decltype(tag)>, grid, dim3(kThreads), 0, stream, p);
   };
-  if (p.dtype == DType::kInt8)
+  if (p.dtype == DType::kMxfp4)
+    BLOCKDRAFT_LAUNCH(pack_mxfp4_kernel, grid, dim3(kThreads), 0, stream, p);
+  else if (p.dtype == DType::kInt8 || p.dtype == DType::kFloat8)
     launch(Int8{});
   else
     visit_dtype(p.dtype, launch);

@@ -18,7 +18,7 @@ namespace blockdraft {
 namespace {
 
 constexpr const char* kName = "decoder_forward";
-constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int, kInt8 = ScalarType::Char;
+constexpr ScalarType kFloat = ScalarType::Float, kInt = ScalarType::Int, kByte = ScalarType::Byte;
 constexpr int64_t kLeastRoom = 65536;  // bytes: one row of a small model in one allocation
 
 // A tensor whose first axis is the layer.
@@ -61,7 +61,8 @@ class WeightList {
     checker_.tensor(t, name, dims, dtypes);
     return {t.const_data_ptr(), t};
   }
-  ScalarType last_dtype() const { return list_[taken_ - 1].scalar_type(); }
+  // kFloat where there is no next one: take() says so.
+  ScalarType next_dtype() const { return taken_ < list_.size() ? list_[taken_].scalar_type() : kFloat; }
   void end() const { check(taken_ == list_.size(), kName, ": weights must be ", taken_, ", got ", list_.size()); }
 
  private:
@@ -143,15 +144,23 @@ struct MoeWeights {
     fc2 = list.take("mlp.fc2", {&s.L, &s.r_panels, &s.r_pairs, &s.pair}, dtype);
     fc2_bias = list.take("mlp.fc2_bias", {&s.L, &s.R}, kFloat);
     out_proj = list.take("mlp.out_proj", {&s.L, &s.e_panels, &s.r_pairs, &s.pair}, dtype);
-    gate_up_proj = list.take("mlp.gate_up_proj", {&s.L, &s.E, &s.up_panels, &s.h_pairs, &s.pair}, {dtype, kInt8});
-    expert_dtype = list.last_dtype();
-    expert_down_proj = list.take("mlp.expert_down_proj", {&s.L, &s.E, &s.h_panels, &s.i_pairs, &s.pair}, expert_dtype);
+    expert_dtype = list.next_dtype();
+    check_blocks(kName, expert_dtype, s.H, intermediate_size);
+    Dim pair = pair_dim(expert_dtype);
+    gate_up_proj = list.take("mlp.gate_up_proj", {&s.L, &s.E, &s.up_panels, &s.h_pairs, &pair},
+                             {dtype, ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Byte});
+    expert_down_proj = list.take("mlp.expert_down_proj", {&s.L, &s.E, &s.h_panels, &s.i_pairs, &pair}, expert_dtype);
   }
   void take_scales(WeightList& list, Sizes& s, int64_t intermediate_size) {
-    if (expert_dtype != kInt8) return;
-    Dim up_rows{"2 * I", 2 * intermediate_size};
-    gate_up_scales = list.take("mlp.gate_up_scales", {&s.L, &s.E, &up_rows}, kFloat);
-    expert_down_scales = list.take("mlp.expert_down_scales", {&s.L, &s.E, &s.H}, kFloat);
+    Dim up_rows{"2 * I", 2 * intermediate_size}, h_blocks{"H / 32", s.H / kMxBlock},
+        i_blocks{"I / 32", intermediate_size / kMxBlock}, outputs{"32", kPanelOutputs};
+    if (has_row_scales(expert_dtype)) {
+      gate_up_scales = list.take("mlp.gate_up_scales", {&s.L, &s.E, &up_rows}, kFloat);
+      expert_down_scales = list.take("mlp.expert_down_scales", {&s.L, &s.E, &s.H}, kFloat);
+    } else if (has_block_scales(expert_dtype)) {
+      gate_up_scales = list.take("mlp.gate_up_scales", {&s.L, &s.E, &s.up_panels, &h_blocks, &outputs}, kByte);
+      expert_down_scales = list.take("mlp.expert_down_scales", {&s.L, &s.E, &s.h_panels, &i_blocks, &outputs}, kByte);
+    }
   }
 };
 
@@ -336,7 +345,7 @@ struct Layers {
     MoeExpertsParams& e = experts;
     e.x = x, e.topk_ids = r.topk_ids, e.topk_weights = r.topk_weights;
     e.gate_up_proj = w.gate_up_proj[i], e.down_proj = w.expert_down_proj[i];
-    e.gate_up_scales = w.gate_up_scales.floats(i), e.down_scales = w.expert_down_scales.floats(i);
+    e.gate_up_scales = w.gate_up_scales[i], e.down_scales = w.expert_down_scales[i];
     e.out = room.take(e.T * e.H, e.dtype);
     run(e, room);
     return e.out;

@@ -46,18 +46,26 @@ void run_gpu(MoeExpertsParams& p, Workspace& workspace) {
   launch_gpu("moe_experts", workspace.like(), [&](void* stream) { return gpu::moe_experts(p, stream); });
 }
 
-void check_scales(const Checker& checker, const char* name, const std::optional<Tensor>& scales,
-                  std::initializer_list<Dim*> dims, bool bytes) {
-  check(scales.has_value() == bytes, "moe_experts: ", name, " must be ", bytes ? "a tensor" : "None",
-        " with weights of ", bytes ? "Char" : "the dtype of x", ", got ", bytes ? "None" : "a tensor");
-  if (bytes) checker.tensor(*scales, name, dims, {ScalarType::Float});
+// `rows`: [E, rows] of float32; `blocks`: [E, panels, blocks, 32], packed bytes.
+const void* check_scales(const Checker& checker, const char* name, const std::optional<Tensor>& scales,
+                         std::initializer_list<Dim*> rows, std::initializer_list<Dim*> blocks, ScalarType weight) {
+  const bool wanted = has_row_scales(weight) || has_block_scales(weight);
+  check(scales.has_value() == wanted, "moe_experts: ", name, " must be ", wanted ? "a tensor" : "None",
+        " with weights of ", wanted ? torch::headeronly::toString(weight) : "the dtype of x", ", got ",
+        wanted ? "None" : "a tensor");
+  if (!wanted) return nullptr;
+  if (has_block_scales(weight))
+    checker.tensor(*scales, name, blocks, {ScalarType::Byte});
+  else
+    checker.tensor(*scales, name, rows, {ScalarType::Float});
+  return scales->const_data_ptr();
 }
 
 Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& gate_up_proj,
                    const Tensor& down_proj, int64_t intermediate_size, bool skip_identity,
                    const std::optional<Tensor>& gate_up_scales, const std::optional<Tensor>& down_scales) {
   Dim T{"T"}, H{"H"}, E{"E"}, up_panels{"2 * ceil(I / 32)"}, down_panels{"ceil(H / 32)"}, h_pairs{"ceil(H / 2)"},
-      i_pairs{"ceil(I / 2)"}, pair{"64", kPanelPair}, up_rows{"2 * I"};
+      i_pairs{"ceil(I / 2)"}, up_rows{"2 * I"}, h_blocks{"H / 32"}, i_blocks{"I / 32"}, outputs{"32", kPanelOutputs};
   const Checker checker("moe_experts", x);
   checker.tensor(x, "x", {&T, &H}, {ScalarType::Float, ScalarType::BFloat16});
   check(H > 0, "moe_experts: H must be positive, got ", H.size);
@@ -66,12 +74,17 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
   up_panels.size = 2 * ceil_div(intermediate_size, kPanelOutputs), down_panels.size = ceil_div(H, kPanelOutputs);
   checker.tensor(topk_ids, "topk_ids", {&T}, {ScalarType::Int});
   checker.tensor(topk_weights, "topk_weights", {&T}, {ScalarType::Float});
-  checker.tensor(gate_up_proj, "gate_up_proj", {&E, &up_panels, &h_pairs, &pair}, {x.scalar_type(), ScalarType::Char});
-  checker.tensor(down_proj, "down_proj", {&E, &down_panels, &i_pairs, &pair}, {gate_up_proj.scalar_type()});
-  up_rows.size = 2 * intermediate_size;
-  const bool bytes = gate_up_proj.scalar_type() == ScalarType::Char;
-  check_scales(checker, "gate_up_scales", gate_up_scales, {&E, &up_rows}, bytes);
-  check_scales(checker, "down_scales", down_scales, {&E, &H}, bytes);
+  const ScalarType weight = gate_up_proj.scalar_type();
+  check_blocks("moe_experts", weight, H, intermediate_size);
+  Dim pair = pair_dim(weight);
+  checker.tensor(gate_up_proj, "gate_up_proj", {&E, &up_panels, &h_pairs, &pair},
+                 {x.scalar_type(), ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Byte});
+  checker.tensor(down_proj, "down_proj", {&E, &down_panels, &i_pairs, &pair}, {weight});
+  up_rows.size = 2 * intermediate_size, h_blocks.size = H / kMxBlock, i_blocks.size = intermediate_size / kMxBlock;
+  const void* up_scales = check_scales(checker, "gate_up_scales", gate_up_scales, {&E, &up_rows},
+                                       {&E, &up_panels, &h_blocks, &outputs}, weight);
+  const void* out_scales =
+      check_scales(checker, "down_scales", down_scales, {&E, &H}, {&E, &down_panels, &i_blocks, &outputs}, weight);
   check_values<int32_t>("moe_experts", "topk_ids", topk_ids, 0, E);
 
   Tensor out = torch::stable::empty_like(x);
@@ -85,8 +98,8 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
                            .topk_weights = read<float>(topk_weights),
                            .gate_up_proj = gate_up_proj.const_data_ptr(),
                            .down_proj = down_proj.const_data_ptr(),
-                           .gate_up_scales = bytes ? read<float>(*gate_up_scales) : nullptr,
-                           .down_scales = bytes ? read<float>(*down_scales) : nullptr,
+                           .gate_up_scales = up_scales,
+                           .down_scales = out_scales,
                            .hidden = nullptr,
                            .out = out.mutable_data_ptr(),
                            .T = T,
@@ -98,7 +111,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_w
                            .inner_pairs = i_pairs,
                            .hidden_stride = 0,
                            .dtype = to_dtype(x.scalar_type()),
-                           .weight_dtype = to_dtype(gate_up_proj.scalar_type()),
+                           .weight_dtype = to_dtype(weight),
                            .skip_identity = skip_identity};
   Workspace workspace(x);
   run(p, workspace);

@@ -27,6 +27,18 @@ void run(BlockAttentionParams p, const AttentionPlan& plan, Workspace& workspace
 void run(MoeRouterParams p, Workspace& workspace);
 void run(MoeExpertsParams p, Workspace& workspace);
 
+// Which scales weights of experts have: int8 and Float8 one of float32 for each row, Mxfp4 packed bytes for its blocks.
+inline bool has_row_scales(ScalarType weight) {
+  return weight == ScalarType::Char || weight == ScalarType::Float8_e4m3fn;
+}
+inline bool has_block_scales(ScalarType weight) { return weight == ScalarType::Byte; }
+
+// Mxfp4 knows whole blocks only.
+inline void check_blocks(const char* op, ScalarType weight, int64_t H, int64_t I) {
+  check(!has_block_scales(weight) || (H % kMxBlock == 0 && I % kMxBlock == 0), op,
+        ": H and intermediate_size must be multiples of ", kMxBlock, " with weights of Byte, got ", H, " and ", I);
+}
+
 // CPU: [T, 2, half_rotary], p.rotary; nullptr on a GPU.
 float* rotary_of(const CcaMixParams& p, Workspace& workspace);
 

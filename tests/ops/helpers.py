@@ -172,8 +172,14 @@ def copies(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.clone() if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 def opcheck(operator: str, arguments: dict[str, Any]) -> None:
-    torch.library.opcheck(getattr(torch.ops.blockdraft, operator).default, tuple(arguments.values()))
+    values = tuple(arguments.values())
+    has_fp8 = any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in values)
+    checks = OPCHECKS[has_fp8:]  # the first one calculates with its arguments, which torch cannot do in float8
+    torch.library.opcheck(getattr(torch.ops.blockdraft, operator).default, values, test_utils=checks)
 
 
 def assert_compiles_once(operator: str, first: dict[str, Any], then: dict[str, Any]) -> None:

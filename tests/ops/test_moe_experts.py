@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import blockdraft
+from blockdraft.ops.pack_weight import pack_scales
 from ops.helpers import (
     U32,
     assert_batch_invariant,
@@ -30,7 +31,8 @@ def int32(values: Any) -> Tensor:
 
 @dataclass
 class Experts:
-    """Experts with random weights, and rows with ids; id E is skip."""
+    """Experts with random weights, and rows with ids; id E is skip. `stored`: int8, fp8 or mxfp4, then H and I are
+    rounded up to whole blocks."""
 
     backend: Any
     ids: Tensor
@@ -39,26 +41,40 @@ class Experts:
     E: int
     dtype: torch.dtype
     skip_identity: bool = False
-    int8: bool = False
+    stored: str | None = None
 
     def __post_init__(self) -> None:
         T = len(self.ids)
+        if self.stored == "mxfp4":
+            self.H, self.I = self.H + -self.H % 32, self.I + -self.I % 32
         self.x = torch.randn(T, self.H).to(self.dtype)
         self.weights = torch.rand(T)
         self.gate_up = (2 * torch.randn(self.E, 2 * self.I, self.H) / self.H**0.5).to(self.dtype)
         self.down = (torch.randn(self.E, self.H, self.I) / self.I**0.5).to(self.dtype)
         self.scales: tuple[Tensor | None, Tensor | None] = None, None
-        if self.int8:
-            self.set_int8(to_int8(self.gate_up), to_int8(self.down))
+        if self.stored == "mxfp4":
+            self.set_mxfp4(random_mxfp4(self.gate_up), random_mxfp4(self.down))
+        elif self.stored:
+            to_bytes = to_int8 if self.stored == "int8" else to_fp8
+            self.set_bytes(to_bytes(self.gate_up), to_bytes(self.down))
 
-    def set_int8(self, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> None:
+    def set_bytes(self, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> None:
         """Values ``[.., K]`` and scales ``[..]``; the weights become their products, in float64."""
         self.values, self.scales = (gate_up[0], down[0]), (gate_up[1], down[1])
         self.gate_up, self.down = (values.double() * scales.double()[..., None] for values, scales in (gate_up, down))
 
+    def set_mxfp4(self, gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> None:
+        """Codes ``[.., K]`` and exponents ``[.., K / 32]``; the weights become what they say, in float64."""
+        self.values = tuple(codes[..., ::2] | codes[..., 1::2] << 4 for codes, _ in (gate_up, down))
+        self.scales = pack_scales(gate_up[1], 2), pack_scales(down[1])
+        self.gate_up, self.down = (
+            E2M1[codes.int()] * 2.0 ** (scales.double() - 127).repeat_interleave(32, -1)
+            for codes, scales in (gate_up, down)
+        )
+
     def call(self, pack: Any = None) -> dict[str, Any]:
         pack = pack or self.backend.op("pack_weight")
-        gate_up, down = self.values if self.int8 else (self.gate_up, self.down)
+        gate_up, down = self.values if self.stored else (self.gate_up, self.down)
         return {
             "x": self.x,
             "topk_ids": int32(self.ids),
@@ -96,13 +112,31 @@ class Experts:
         return out, error
 
     def scaling_error(self, scaled: Tensor) -> Tensor:
-        return int(self.int8) * U32 * scaled.abs()
+        return int(self.stored in ("int8", "fp8")) * U32 * scaled.abs()
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """127 is the largest of each row."""
     scales = weight.float().abs().amax(-1) / 127
     return (weight.float() / scales[..., None]).round().to(torch.int8), scales
+
+
+def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """448 is the largest of each row."""
+    scales = weight.float().abs().amax(-1) / 448
+    return (weight.float() / scales[..., None]).to(torch.float8_e4m3fn), scales
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)  # by code
+
+
+def random_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of the size of the weights; their mean square is that of the codes by the scale's."""
+    scale = weight.shape[-1] ** -0.5 / 3
+    exponents = 127 + round(torch.tensor(scale).log2().item()) + torch.randint(-1, 2, (*weight.shape[:-1], 1))
+    blocks = weight.shape[-1] // 32
+    shifts = torch.randint(0, 2, (*weight.shape[:-1], blocks))
+    return torch.randint(16, weight.shape, dtype=torch.uint8), (exponents + shifts).to(torch.uint8)
 
 
 def assert_matches_float64(experts: Experts) -> None:
@@ -258,16 +292,18 @@ def test_ids_out_of_range(gpu, skip_identity, dtype):
     assert same_bits(out[~bad], clean[~bad])
 
 
-# Weights of int8.
+# Weights of one byte, and of half a byte.
+
+stored = pytest.mark.parametrize("stored", ["int8", "fp8", "mxfp4"])
 
 
 @dtypes
-@skips
+@stored
 @each_size(
     "T H I E", (1, 1, 1, 1), (3, 31, 33, 5), (33, 33, 31, 16), (64, 128, 64, 4), (130, 64, 96, 3), (16, 48, 352, 2)
 )
-def test_int8_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noqa: E741
-    experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype, skip_identity, int8=True)
+def test_stored_matches_float64(backend, T, H, I, E, stored, dtype):  # noqa: E741
+    experts = Experts(backend, torch.randint(E + 1, (T,)), H, I, E, dtype, T % 2 == 0, stored)
     experts.ids[0] = 0
     assert_matches_float64(experts)
     (expected, error), routed = experts.in_float64(), experts.ids != E
@@ -276,9 +312,53 @@ def test_int8_matches_float64(backend, T, H, I, E, skip_identity, dtype):  # noq
 
 
 @dtypes
+@stored
 @pytest.mark.parametrize("T", [1, 2, 5, 7, 8, 13, 17, 48, 49, 97, 130])
-def test_int8_all_rows_to_one_expert(backend, T, dtype):
-    assert_matches_float64(Experts(backend, torch.full((T,), 3), 64, 33, 5, dtype, int8=True))
+def test_stored_all_rows_to_one_expert(backend, T, stored, dtype):
+    assert_matches_float64(Experts(backend, torch.full((T,), 3), 64, 33, 5, dtype, stored=stored))
+
+
+@dtypes
+def test_mxfp4_matches_floats_bit_by_bit(backend, dtype):
+    """All codes, of the down projection with all scales; every number of rows. 320 and 288 are more pairs than a block
+    of the CPU kernel, and panels that are not full."""
+    experts = Experts(backend, torch.zeros(64, dtype=torch.int64), 320, 288, 2, dtype, stored="mxfp4")
+    codes = torch.randint(16, (2, 320, 288), dtype=torch.uint8)
+    scales = torch.randint(2, 253, (2, 320, 9), dtype=torch.uint8)
+    scales[:, ::2] = torch.randint(110, 140, (2, 160, 9), dtype=torch.uint8)  # a sum of all scales is the largest alone
+    scales[:, 1, 0], scales[:, 3, 0] = 2, 252
+    gate_up = torch.randint(16, (2, 576, 320), dtype=torch.uint8), torch.full((2, 576, 10), 122, dtype=torch.uint8)
+    experts.set_mxfp4(gate_up, (codes, scales))
+    call, pack = experts.call(), backend.op("pack_weight")
+    floats = {"gate_up_proj": experts.gate_up, "down_proj": experts.down}
+    packed = {name: pack(weight=w.to(dtype), halves=1 + (name[0] == "g")) for name, w in floats.items()}
+    assert torch.equal(experts.down, experts.down.to(dtype).double())  # exactly
+    for T in backend.fewer(range(1, 65), (1, 7, 8, 9, 17, 33, 64)):
+        rows = {name: call[name][:T] for name in ("x", "topk_ids", "topk_weights")}
+        plain = packed | {"gate_up_scales": None, "down_scales": None}
+        out, expected = (backend.op("moe_experts")(**(call | rows | weights)) for weights in ({}, plain))
+        assert same_bits(out, expected)
+    assert out.isfinite().double().mean() > 0.5
+
+
+@dtypes
+@pytest.mark.parametrize("T", [1, 5, 8, 9, 50])
+def test_fp8_matches_floats_bit_by_bit(backend, T, dtype):
+    """With scales of 1; all codes but NaN."""
+    experts = Experts(backend, torch.zeros(T, dtype=torch.int64), 128, 70, 1, dtype, stored="fp8")
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127].repeat(40)[: 128 * 70].view(1, 128, 70).view(torch.float8_e4m3fn)
+    gate_up = (torch.randn(1, 140, 128) / 8).to(torch.float8_e4m3fn)
+    experts.set_bytes((gate_up, torch.ones(1, 140)), (codes, torch.ones(1, 128)))
+    assert experts.down.abs().max() == 448
+    assert experts.down[experts.down > 0].min() == 2.0**-9
+    call, pack = experts.call(), backend.op("pack_weight")
+    plain = {
+        "gate_up_proj": pack(weight=gate_up.to(dtype), halves=2),
+        "down_proj": pack(weight=codes.to(dtype), halves=1),
+    }
+    expected = backend.op("moe_experts")(**(call | plain | {"gate_up_scales": None, "down_scales": None}))
+    assert same_bits(backend.op("moe_experts")(**call), expected)
 
 
 @dtypes
@@ -287,7 +367,7 @@ def test_int8_matches_integers_exactly(backend, T, H, I, dtype):  # noqa: E741
     """As test_matches_integers_exactly; every byte from -127 to 127 is a weight, and every scale a power of two or the
     gate's 24."""
     E = 3
-    experts = Experts(backend, torch.randint(E, (T,)), H, I, E, dtype, int8=True)
+    experts = Experts(backend, torch.randint(E, (T,)), H, I, E, dtype, stored="int8")
     experts.x = torch.randint(-1, 2, (T, H)).to(dtype)
     experts.x[:, -1] = 1
     gate_up = torch.randint(-1, 2, (E, 2 * I, H)) * (torch.arange(H) % (H // 8) == 0)
@@ -298,7 +378,7 @@ def test_int8_matches_integers_exactly(backend, T, H, I, dtype):  # noqa: E741
     down = torch.randint(-127, 128, (E, H, I))
     down.view(-1)[:255] = torch.arange(-127, 128)
     down_scales = 2.0 ** torch.randint(-9, -2, (E, H))
-    experts.set_int8((gate_up.to(torch.int8), gate_up_scales), (down.to(torch.int8), down_scales))
+    experts.set_bytes((gate_up.to(torch.int8), gate_up_scales), (down.to(torch.int8), down_scales))
     experts.weights = 2.0 ** torch.randint(-3, 3, (T,))
     up = torch.einsum("th,tih->ti", experts.x.double(), experts.gate_up[experts.ids, I:])
     expected = torch.einsum("ti,tio->to", 24 * up, experts.down[experts.ids].mT) * experts.weights[:, None]
@@ -306,9 +386,10 @@ def test_int8_matches_integers_exactly(backend, T, H, I, dtype):  # noqa: E741
 
 
 @dtypes
+@stored
 @each_size("H I E", (33, 40, 3), (256, 96, 5))
-def test_int8_batch_invariance(backend, H, I, E, dtype):  # noqa: E741
-    call = Experts(backend, torch.randint(E + 1, (64,)), H, I, E, dtype, int8=True).call()
+def test_stored_batch_invariance(backend, H, I, E, stored, dtype):  # noqa: E741
+    call = Experts(backend, torch.randint(E + 1, (64,)), H, I, E, dtype, stored=stored).call()
 
     def run(rows: Tensor) -> tuple[Tensor]:
         chosen = {name: call[name][rows] for name in ("x", "topk_ids", "topk_weights")}
@@ -318,8 +399,9 @@ def test_int8_batch_invariance(backend, H, I, E, dtype):  # noqa: E741
 
 
 @dtypes
-def test_int8_many_rows_have_the_bits_of_few(backend, dtype):
-    call = Experts(backend, torch.randint(4, (130,)), 320, 288, 3, dtype, int8=True).call()
+@stored
+def test_stored_many_rows_have_the_bits_of_few(backend, stored, dtype):
+    call = Experts(backend, torch.randint(4, (130,)), 320, 288, 3, dtype, stored=stored).call()
     together = backend.op("moe_experts")(**call)
     for begin, end in ((0, 3), (3, 19), (60, 124), (120, 130)):
         rows = {name: call[name][begin:end] for name in ("x", "topk_ids", "topk_weights")}
@@ -344,7 +426,44 @@ def test_int8_many_rows_have_the_bits_of_few(backend, dtype):
     }
 )
 def test_int8_error_messages(backend, changes, message):
-    assert_raises(backend, "moe_experts", small_call(backend, int8=True), changes, message)
+    assert_raises(backend, "moe_experts", small_call(backend, stored="int8"), changes, message)
+
+
+@each_wrong_call(
+    {
+        "no-scales": (
+            {"gate_up_scales": None, "down_scales": None},
+            "gate_up_scales must be a tensor with weights of Float8_e4m3fn, got None",
+        ),
+        "one-int8": ({"down_proj": lambda t: t.view(torch.int8)}, "down_proj must be Float8_e4m3fn, got Char"),
+        "scales-bfloat16": ({"down_scales": Tensor.bfloat16}, "down_scales must be Float, got BFloat16"),
+    }
+)
+def test_fp8_error_messages(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend, stored="fp8"), changes, message)
+
+
+@each_wrong_call(
+    {
+        "no-scales": (
+            {"gate_up_scales": None, "down_scales": None},
+            "gate_up_scales must be a tensor with weights of Byte, got None",
+        ),
+        "one-int8": ({"down_proj": lambda t: t.view(torch.int8)}, "down_proj must be Byte, got Char"),
+        "scales-of-rows": (
+            {"down_scales": torch.ones(5, 32)},
+            r"down_scales must be \[E=5, ceil\(H / 32\)=1, I / 32=2, 32=32\], got \[5, 32\]",
+        ),
+        "scales-float": ({"down_scales": Tensor.float}, "down_scales must be Byte, got Float"),
+        "odd-I": (
+            {"intermediate_size": 40},
+            "H and intermediate_size must be multiples of 32 with weights of Byte, got 32 and 40",
+        ),
+        "pairs": ({"gate_up_proj": lambda t: t[..., :16].clone()}, r"gate_up_proj must be .*32=32\], .*16\]"),
+    }
+)
+def test_mxfp4_error_messages(backend, changes, message):
+    assert_raises(backend, "moe_experts", small_call(backend, stored="mxfp4"), changes, message)
 
 
 @each_wrong_call(
@@ -364,27 +483,28 @@ def test_scales_without_int8(backend, changes, message):
 
 
 @dtypes
-def test_int8_opcheck(cpu, dtype):
-    opcheck("moe_experts", small_call(cpu, dtype, T=9, int8=True))
+@stored
+def test_stored_opcheck(cpu, stored, dtype):
+    opcheck("moe_experts", small_call(cpu, dtype, T=9, stored=stored))
 
 
 # Errors.
 
 
-def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3, int8: bool = False) -> dict[str, Any]:
-    return Experts(backend, torch.arange(T) % 6, 8, 40, 5, dtype, int8=int8).call()
+def small_call(backend, dtype: torch.dtype = torch.float32, T: int = 3, stored: str | None = None) -> dict[str, Any]:
+    return Experts(backend, torch.arange(T) % 6, 8, 40, 5, dtype, stored=stored).call()
 
 
 @each_malformed_tensor("moe_experts")
 def test_malformed_tensor(backend, changes, message):
-    int8 = any(name.endswith("scales") for name in changes)
-    assert_raises(backend, "moe_experts", small_call(backend, int8=int8), changes, message)
+    stored = "int8" if any(name.endswith("scales") for name in changes) else None
+    assert_raises(backend, "moe_experts", small_call(backend, stored=stored), changes, message)
 
 
 @each_wrong_call(
     {
         "float64": ({"x": Tensor.double}, "x must be Float or BFloat16, got Double"),
-        "mixed": ({"x": Tensor.bfloat16}, "gate_up_proj must be BFloat16 or Char, got Float"),
+        "mixed": ({"x": Tensor.bfloat16}, "gate_up_proj must be BFloat16 or Char or Float8_e4m3fn or Byte, got Float"),
         "down-bfloat16": ({"down_proj": Tensor.bfloat16}, "down_proj must be Float, got BFloat16"),
         "ids-int64": ({"topk_ids": Tensor.long}, "topk_ids must be Int, got Long"),
         "ids": ({"topk_ids": int32([0])}, r"topk_ids must be \[T=3\], got \[1\]"),

@@ -35,10 +35,32 @@ struct Panels {
   int64_t pairs;
   int64_t count;  // panels from here on give 0
 };
+template <>
+struct Panels<Mxfp4> {
+  const uint8_t *data, *scales;  // [count, pairs / 16, 512], [count, pairs / 16, 32]
+  int64_t pairs;
+  int64_t count;
+};
+
+// `count` panels from number `index` on; scales are of Mxfp4.
+template <class W>
+__device__ Panels<W> panels_at(W, const void* packed, const void*, int64_t index, int64_t pairs, int64_t count) {
+  return {static_cast<const W*>(packed) + index * pairs * kPair, pairs, count};
+}
+__device__ inline Panels<Mxfp4> panels_at(Mxfp4, const void* packed, const void* scales, int64_t index, int64_t pairs,
+                                          int64_t count) {
+  return {static_cast<const uint8_t*>(packed) + index * pairs * kPair / 2,
+          static_cast<const uint8_t*>(scales) + index * (pairs / kStepPairs) * kPanel, pairs, count};
+}
 
 // A lane's four outputs of a pair: as they come from memory, and as bfloat16.
 __device__ inline uint4 load_weights(const BFloat16* four) { return load_streamed(four); }
 __device__ inline uint2 load_weights(const Int8* four) { return *reinterpret_cast<const uint2*>(four); }
+
+struct Float8Words {
+  uint2 four;
+};
+__device__ inline Float8Words load_weights(const Float8* four) { return {*reinterpret_cast<const uint2*>(four)}; }
 
 __device__ inline uint4 as_bfloat16(const uint4& four) { return four; }
 
@@ -54,13 +76,116 @@ __device__ inline uint4 as_bfloat16(const uint2& four) {
                pair_of_bfloat16(four.y >> 16)};
 }
 
+// The bits of E4M3 in bfloat16 are the value by 2^-120, denormal where it is denormal, and the product is exact.
+__device__ inline uint32_t pair_of_float8(uint32_t bytes) {
+  const uint32_t sizes = (bytes & 0x7f) << 4 | (bytes & 0x7f00) << 12;
+  const uint32_t signs = (bytes & 0x80) << 8 | (bytes & 0x8000) << 16;
+  return multiply_pairs(sizes | signs, 0x7b807b80);
+}
+__device__ inline uint4 as_bfloat16(const Float8Words& w) {
+  return uint4{pair_of_float8(w.four.x), pair_of_float8(w.four.x >> 16), pair_of_float8(w.four.y),
+               pair_of_float8(w.four.y >> 16)};
+}
+
+// Of Mxfp4, of two words of 8 codes the four pairs of an output: pair i as bfloat16 without its scale by 2^-126, then,
+// both exact, without that factor and with the scale.
+__device__ inline uint32_t pair_of_codes(uint32_t words, int i, uint32_t scale) {
+  const uint32_t codes = words >> (4 * i);
+  const uint32_t bits = (codes & 0x00070007) << 6 | (codes & 0x00080008) << 12;
+  return multiply_pairs(multiply_pairs(bits, 0x7e807e80), (scale & 0xff) * 0x00800080);
+}
+
+// What a lane has of kLoads loads of panels in a step: four outputs of four pairs.
+template <class W, int kLoads>
+struct LaneWeights {
+  decltype(load_weights(static_cast<const W*>(nullptr))) pair[kLoads][4];
+
+  // Where the lane's part of the first step begins.
+  __device__ static Panels<W> start(const Panels<W>& weights, int panel, int quad, int group) {
+    return {weights.data + (panel * weights.pairs + quad * 4) * kPair + 8 * group, weights.pairs, weights.count};
+  }
+  __device__ void load(const Panels<W>& lane, int step) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        pair[n][i] = load_weights(lane.data + (n * kWarpPanels * lane.pairs + step * int64_t{kStepPairs} + i) * kPair);
+  }
+  // Zeros for what is not there.
+  __device__ void load_some(const Panels<W>& weights, int step, int panel, int quad, int group) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = n * kWarpPanels + panel, k = step * int64_t{kStepPairs} + quad * 4 + i;
+        pair[n][i] = {};
+        if (at < weights.count && k < weights.pairs)
+          pair[n][i] = load_weights(weights.data + (at * weights.pairs + k) * kPair + 8 * group);
+      }
+  }
+  // Pair i of load n.
+  __device__ uint4 operand(int n, int i) const { return as_bfloat16(pair[n][i]); }
+};
+
+// A step is a block, and 16 bytes are all that a lane has of it, and 4 the scales.
+template <int kLoads>
+struct LaneWeights<Mxfp4, kLoads> {
+  static constexpr int64_t kBytes = kStepPairs * kPair / 2;
+  uint4 codes[kLoads];
+  uint32_t scales[kLoads];
+
+  __device__ static Panels<Mxfp4> start(const Panels<Mxfp4>& weights, int panel, int quad, int group) {
+    const int64_t steps = panel * (weights.pairs / kStepPairs);
+    return {weights.data + steps * kBytes + quad * (kBytes / 4) + 16 * group,
+            weights.scales + steps * kPanel + 4 * group, weights.pairs, weights.count};
+  }
+  __device__ void load(const Panels<Mxfp4>& lane, int step) {
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      const int64_t at = n * kWarpPanels * (lane.pairs / kStepPairs) + step;
+      codes[n] = load_streamed(lane.data + at * kBytes);
+      scales[n] = *reinterpret_cast<const uint32_t*>(lane.scales + at * kPanel);
+    }
+  }
+  __device__ void load_some(const Panels<Mxfp4>& weights, int step, int panel, int quad, int group) {
+    const Panels<Mxfp4> lane = start(weights, panel, quad, group);
+    const bool is_step = step * int64_t{kStepPairs} < weights.pairs;
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      const int64_t at = n * kWarpPanels * (lane.pairs / kStepPairs) + step;
+      const bool is_there = is_step && n * kWarpPanels + panel < weights.count;
+      codes[n] = is_there ? load_streamed(lane.data + at * kBytes) : uint4{0, 0, 0, 0};
+      scales[n] = is_there ? *reinterpret_cast<const uint32_t*>(lane.scales + at * kPanel) : 0;
+    }
+  }
+  __device__ uint4 operand(int n, int i) const {
+    const uint32_t s = scales[n];
+    return uint4{pair_of_codes(codes[n].x, i, s), pair_of_codes(codes[n].y, i, s >> 8),
+                 pair_of_codes(codes[n].z, i, s >> 16), pair_of_codes(codes[n].w, i, s >> 24)};
+  }
+};
+
 // Four outputs from c on for one k of a pair.
 __device__ inline float4 load_outputs(const float* pair, int c, int64_t k) {
   return *reinterpret_cast<const float4*>(pair + in_pair<float>(c, k));
 }
-__device__ inline float4 load_outputs(const Int8* pair, int c, int64_t k) {
-  const Int8* first = pair + in_pair<Int8>(c, k);
+template <class W>
+__device__ float4 load_outputs(const W* pair, int c, int64_t k) {
+  const W* first = pair + in_pair<W>(c, k);
   return float4{to_float(first[0]), to_float(first[2]), to_float(first[4]), to_float(first[6])};
+}
+
+// The same for k of panel `at`.
+template <class W>
+__device__ float4 outputs_of(const Panels<W>& weights, int64_t at, int c, int64_t k) {
+  return load_outputs(weights.data + (at * weights.pairs + k / 2) * kPair, c, k);
+}
+__device__ inline float4 outputs_of(const Panels<Mxfp4>& weights, int64_t at, int c, int64_t k) {
+  const auto* words = reinterpret_cast<const uint16_t*>(weights.data + at * weights.pairs * kPair / 2);
+  const uint16_t* own = words + k / 8 * kPair + 2 * c + k % 2;
+  const uint8_t* scales = weights.scales + (at * (weights.pairs / kStepPairs) + k / kMxBlock) * kPanel + c;
+  const auto value = [&](int i) { return to_float(mx_product(own[2 * i] >> (k / 2 % 4 * 4) & 15, scales[i])); };
+  return float4{value(0), value(1), value(2), value(3)};
 }
 
 // Values k .. k + 7 of a row; zeros from K on, and where there is no row. `aligned`: rows start at 16 bytes.
@@ -98,7 +223,7 @@ __device__ bool is_whole(const Panels<T>& weights, int panels, int64_t K, bool a
 //   visit(f)              f(r, c, x0, x1, x2, x3): the sums themselves, of row(r) of the lane's kLaneRows rows and of
 //                         outputs c .. c + 3
 //   over_outputs(x, f)    f of the x of all lanes that have sums of the same rows; is_first is one of them
-// T: of x, and of the weights unless W says that these are int8.
+// T: of x, and of the weights unless W says otherwise.
 template <class T, int kPanels, int kRows, class W = T>
 struct PanelSums;
 
@@ -110,11 +235,12 @@ struct PanelSums<BFloat16, kPanels, kRows, W> {
   // Steps on their way while one is multiplied, as many as leave two blocks of 256 threads an SM for up to 16 rows:
   // these have 96 KB or more in flight, of which 32 KB hide the latency of an H200's memory. That matters where blocks
   // are few: one row touches one expert.
-  static constexpr int kStages = kTiles > 2 || kLoads > 1 ? 2 : kTiles > 1 ? 3 : 4;
+  static constexpr int kStages = (kTiles > 2 || kLoads > 1 ? 2
+                                  : kTiles > 1             ? 3
+                                                           : 4) *
+                                 (sizeof(LaneWeights<W, 1>) < 32 ? 2 : 1);
 
-  struct Weights {
-    decltype(load_weights(static_cast<const W*>(nullptr))) pair[kLoads][4];
-  };
+  using Weights = LaneWeights<W, kLoads>;
 
   float sums[kLoads][kTiles][kInstructions][4] = {};
 
@@ -212,11 +338,11 @@ struct PanelSums<BFloat16, kPanels, kRows, W> {
 
   __device__ void add_whole(const Panels<W>& weights, const BFloat16* const (&rows)[kTiles], int steps, int first,
                             int stride) {
-    const W* lane = weights.data + (panel() * weights.pairs + quad() * 4) * kPair + 8 * group();
+    const Panels<W> lane = Weights::start(weights, panel(), quad(), group());
     Weights stages[kStages];
 #pragma unroll
     for (int i = 0; i < kStages; ++i)
-      if (first + i * stride < steps) stages[i] = load_whole(lane, weights.pairs, first + i * stride);
+      if (first + i * stride < steps) stages[i].load(lane, first + i * stride);
 #pragma unroll 1
     for (int step = first; step < steps; step += kStages * stride)
 #pragma unroll
@@ -226,52 +352,29 @@ struct PanelSums<BFloat16, kPanels, kRows, W> {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
           multiply(stages[i], rows[j] ? *reinterpret_cast<const uint4*>(rows[j] + first_k(now)) : uint4{0, 0, 0, 0}, j);
-        if (then < steps) stages[i] = load_whole(lane, weights.pairs, then);
+        if (then < steps) stages[i].load(lane, then);
       }
   }
 
   __device__ void add_any(const Panels<W>& weights, const BFloat16* const (&rows)[kTiles], int64_t K, bool aligned,
                           int steps, int first, int stride) {
-    Weights next = load(weights, first);
+    Weights next;
+    next.load_some(weights, first, panel(), quad(), group());
 #pragma unroll 1
     for (int step = first; step < steps; step += stride) {
       const Weights now = next;
-      next = load(weights, step + stride);
+      next.load_some(weights, step + stride, panel(), quad(), group());
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) multiply(now, load_eight(rows[j], first_k(step), K, aligned), j);
     }
-  }
-
-  __device__ static Weights load_whole(const W* lane, int64_t pairs, int step) {
-    Weights out;
-#pragma unroll
-    for (int n = 0; n < kLoads; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        out.pair[n][i] = load_weights(lane + (n * kWarpPanels * pairs + step * int64_t{kStepPairs} + i) * kPair);
-    return out;
-  }
-
-  __device__ static Weights load(const Panels<W>& weights, int step) {
-    Weights out;
-#pragma unroll
-    for (int n = 0; n < kLoads; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = n * kWarpPanels + panel(), pair = step * int64_t{kStepPairs} + quad() * 4 + i;
-        out.pair[n][i] = {};
-        if (at < weights.count && pair < weights.pairs)
-          out.pair[n][i] = load_weights(weights.data + (at * weights.pairs + pair) * kPair + 8 * group());
-      }
-    return out;
   }
 
   // Rows of tile j; x: 16 bytes of row j * kTileRows + row_of_lane().
   __device__ void multiply(const Weights& w, const uint4& x, int j) {
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) {
-      multiply(as_bfloat16(w.pair[n][0]), as_bfloat16(w.pair[n][1]), x.x, x.y, n, j);
-      multiply(as_bfloat16(w.pair[n][2]), as_bfloat16(w.pair[n][3]), x.z, x.w, n, j);
+      multiply(w.operand(n, 0), w.operand(n, 1), x.x, x.y, n, j);
+      multiply(w.operand(n, 2), w.operand(n, 3), x.z, x.w, n, j);
     }
   }
   // Pairs p and q of load n; of 16 bytes of x the first or the last 8.
@@ -312,7 +415,7 @@ struct PanelSums<float, kPanels, kRows, W> {
         for (int n = 0; n < kLoads; ++n) {
           const int64_t at = n * kWarpPanels + panel();
           if (at >= weights.count) continue;
-          const float4 w = load_outputs(weights.data + (at * weights.pairs + k / 2) * kPair, 4 * group(), k);
+          const float4 w = outputs_of(weights, at, 4 * group(), k);
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) add_scaled(sums[n][j], w, rows[j] ? rows[j][k] : 0);
         }

@@ -69,8 +69,8 @@ def decoder_forward(
         row_prefix, row_group_begin, row_group_end, cu_rows, page_table: int32, as `block_attention` takes them.
         k_pages, v_pages: ``[L, N, Hkv, page_size / 32, ...]``, changed in place.
         conv_states: ``[L, S, 2, C]``; recurrent_states: ``[L, S, Hkv * D / 2]``.
-        weights: Those of MODEL_WEIGHTS, then those of LAYER_WEIGHTS with a first axis of L, and where experts are int8
-            those of EXPERT_SCALES, likewise; in shapes and dtypes as the operators take them.
+        weights: Those of MODEL_WEIGHTS, then those of LAYER_WEIGHTS with a first axis of L, and where experts have
+            scales those of EXPERT_SCALES, likewise; in shapes and dtypes as the operators take them.
             ``mlp.router_states_scale``, which layer 0 has none of, begins with layer 1.
         inverse_frequencies: For each kind of layer ``[rotary / 2]``, float32.
         sliding_windows: For each kind of layer; 0 for none.

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from blockdraft.reference.pack_weight import unpack_weight
+from blockdraft.reference.pack_weight import mx_values, unpack_scales, unpack_weight
 
 
 def moe_experts(
@@ -21,6 +21,10 @@ def moe_experts(
     wide = topk_weights.dtype
     gate_up = unpack_weight(gate_up_proj, 2 * intermediate_size, H, halves=2)  # [E, 2 * I, H]
     down = unpack_weight(down_proj, H, intermediate_size)  # [E, H, I]
+    if gate_up_scales is not None and down_scales is not None and gate_up.dtype == torch.uint8:  # of blocks
+        gate_up = mx_values(gate_up, unpack_scales(gate_up_scales, 2 * intermediate_size, halves=2))
+        down = mx_values(down, unpack_scales(down_scales, H))
+        gate_up_scales = down_scales = None
     if gate_up_scales is None or down_scales is None:
         gate_up_scales = down_scales = topk_weights.new_ones(E, 1)
     out = topk_weights[:, None] * x.to(wide) if skip_identity else torch.zeros_like(x, dtype=wide)
