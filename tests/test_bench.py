@@ -27,6 +27,8 @@ LABELS = [
     "moe_router",
     "moe_experts",
     "moe_experts, int8",
+    "moe_experts, mxfp4",
+    "moe_experts, fp8",
     "lm_head_choose greedy",
     "lm_head_choose temperature 0.8",
     "choose_tokens greedy",
@@ -82,7 +84,13 @@ def test_all_operators_match(capsys, tmp_path, dtype):
 def test_renders_what_it_saved(capsys, tmp_path):
     path = tmp_path / "result.json"
     _, rows, printed = run(capsys, "--rows", "2", "--ops", "moe_experts,verify_tokens", "--json", str(path))
-    assert [row["op"] for row in rows] == ["moe_experts", "moe_experts, int8", "verify_tokens"]
+    assert [row["op"] for row in rows] == [
+        "moe_experts",
+        "moe_experts, int8",
+        "moe_experts, mxfp4",
+        "moe_experts, fp8",
+        "verify_tokens",
+    ]
     assert list(rows[0]) == list(HEADINGS)
     assert rows[0]["note"] == "experts touched: 2 of 4"
     assert bench.main(parse("--render", str(path))) == 0
@@ -198,10 +206,11 @@ def test_every_expert_is_met_before_one_returns():
         assert touched[2] == touched[0]
 
 
-def test_int8_experts_have_half_of_the_bytes():
-    plain, int8 = cases("moe_experts", 2, torch.bfloat16)
-    assert int8.cold_bytes * 2 == plain.cold_bytes
-    assert int8.touched_bytes < plain.touched_bytes
+def test_stored_experts_have_fewer_bytes():
+    plain, int8, mxfp4, fp8 = cases("moe_experts", 2, torch.bfloat16)
+    assert int8.cold_bytes * 2 == fp8.cold_bytes * 2 == plain.cold_bytes
+    assert mxfp4.cold_bytes * 64 == plain.cold_bytes * 17
+    assert mxfp4.touched_bytes < int8.touched_bytes < plain.touched_bytes
 
 
 @pytest.mark.parametrize(("rows", "touched"), [(1, 1), (16, 10), (64, 16)])

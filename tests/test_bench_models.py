@@ -19,6 +19,8 @@ from blockdraft.bench.random_model import RANDOM, UNIFORM, RandomWeights, config
 from blockdraft.bench.report import LAYER, OPERATORS
 from blockdraft.bench.subject import TINY
 from blockdraft.model.decoder import Decoder
+from blockdraft.model.expert_formats import EXPERT_FORMATS
+from blockdraft.reference.pack_weight import mx_values
 from test_bench import cells_of, parse
 
 pytest.importorskip("transformers")
@@ -275,7 +277,7 @@ def test_too_little_memory_is_said_before(monkeypatch, arguments):
         (["--compile"], "--compile: .* wants --layer"),
         (["--layers", "2"], "--layers: .* wants --layer or --model 8b"),
         (["--model", "nano", "--layers", "2"], "--layers: .* wants --layer or --model 8b"),
-        (["--model", "nano", "--int8"], "--int8: .* wants --layer or --model 8b"),
+        (["--model", "nano", "--format", "int8"], "--format: .* wants --layer or --model 8b"),
         (["--model", "nano", "--context", "5000"], "--context: .* at most 2032 .* got 5000"),
         (["--model", "nano", "--rows", "1,2000", "--context", "100"], "--context: .* at most 48 .* got 100"),
     ],
@@ -497,31 +499,35 @@ def test_one_thing_at_a_time(capsys):
 
 
 @pytest.mark.parametrize(("option", "layers"), [("--layer", 1), ("--model", 2)])
-def test_experts_of_int8_match_and_read_less(capsys, tmp_path, option, layers):
+def test_quantized_experts_match_and_read_less(capsys, tmp_path, option, layers):
     touched = []
-    for int8 in ([], ["--int8"]):
+    for experts in (None, "int8", "mxfp4", "fp8"):
         path = tmp_path / "result.json"
         options = ["--rows", "16", "--layers", "2", "--routing", "uniform", "--json", str(path)]
-        status, rows, _ = run(capsys, option, *options, *int8)
+        status, rows, _ = run(capsys, option, *options, *(["--format", experts] if experts else []))
         assert status == 0
         assert rows[0]["match"] == rows[0]["same bits"] == "yes"
-        assert ("int8 experts" in rows[0]["op"]) == bool(int8)
+        assert ("experts" in rows[0]["op"]) == bool(experts)
+        assert f"{experts} experts" in rows[0]["op"] or not experts
         touched.append(json.loads(path.read_text())["results"][0]["computed_touched_bytes"])
-    saved = layers * 4 * 3 * 64 * 48  # experts, matrices
-    scales = layers * 4 * (2 * 48 + 64) * 4
-    assert touched[0] - touched[1] == pytest.approx(saved - scales, rel=0.25)  # panels are padded
+    weights, row_scales = layers * 4 * 3 * 64 * 64, layers * 4 * (2 * 64 + 64) * 4
+    assert touched[0] - touched[1] == touched[0] - touched[3] == weights - row_scales
+    assert touched[0] - touched[2] == weights * (2 - 17 / 32)
 
 
-def test_int8_weights_are_the_same_values():
-    config = config_of(TINY, 2, 200, "int8")
+@pytest.mark.parametrize("experts", EXPERT_FORMATS)
+def test_quantized_weights_are_the_same_values(experts):
+    config = config_of(TINY, 2, 200, experts)
     weights = RandomWeights(config, torch.bfloat16)
     wide = weights.widened()
     for name in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.mlp.experts.{name}"
         values, scales = weights.read(name), weights.read(name + "_scale")
-        assert (values.dtype, scales.dtype, wide.read(name).dtype) == (torch.int8, torch.float32, torch.bfloat16)
-        assert torch.equal(wide.read(name).float(), values * scales)
-        assert 0.5 < wide.read(name).float().std() * values.shape[-1] ** 0.5 < 2
+        assert wide.read(name).dtype == torch.bfloat16
+        expected = mx_values(values, scales) if experts == "mxfp4" else values.float() * scales
+        assert torch.equal(wide.read(name).float(), expected)
+        assert len(values.view(torch.uint8).unique()) > 100
+        assert 0.5 < wide.read(name).float().std() * 64**0.5 < 2
 
 
 def test_folder_with_experts_of_int8_stands_alone(capsys, short_generation, tmp_path):
@@ -531,7 +537,7 @@ def test_folder_with_experts_of_int8_stands_alone(capsys, short_generation, tmp_
     status, rows, _ = run(capsys, "--model", str(tmp_path / "nano8"), "--rows", "1")
     assert status == 0
     assert rows[0]["transformers ms"] == "-"
-    assert rows[0]["note"].endswith("transformers does not load experts of int8")
+    assert rows[0]["note"].endswith("transformers does not load quantized experts")
 
 
 def test_one_routing_alone(capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from blockdraft import SamplingParams, ZayaForCausalLM, cli, convert, quantize
 from blockdraft.errors import CheckpointError, ConfigError, RequestError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.config_styles import quantization_config
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 from blockdraft.model.tensor_names import legacy_names
 from blockdraft.plan import CostTable
+from blockdraft.reference.pack_weight import mx_values
 from blockdraft.roofline import ModelCost
 from bundled_prompts import held_out_prompts
 from checkpoints import random_model, save, tiny_config
@@ -31,10 +34,7 @@ def report(tmp_path_factory):
     printed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *values, **kw: printed.append(values[0]))
-        assert (
-            cli.main(["quantize", str(blockdraft.bundled_model()), "--experts", "int8", "--out", str(out), "--json"])
-            == 0
-        )
+        assert cli.main(["quantize", str(blockdraft.bundled_model()), "--out", str(out), "--json"]) == 0
     return out, json.loads("".join(printed))
 
 
@@ -74,6 +74,86 @@ def test_values_are_the_nearest():
     assert (scales > 0).all()
 
 
+@pytest.mark.parametrize("code", range(16))
+def test_mx_codes_are_the_nearest(code):
+    """Of a value, of what lies a little beside it, and of the middles, which go to the even code."""
+    size = MX_SIZES[code & 7]
+    x = torch.tensor([size, size * 1.01, size * 0.99]) * (-1 if code & 8 else 1)
+    assert quantize.mx_codes(x).tolist() == [code] * 3
+    assert quantize.mx_rounded(x).tolist() == [float(x[0])] * 3
+    if code & 7 < 7:
+        middle = (size + MX_SIZES[(code & 7) + 1]) / 2 * (-1 if code & 8 else 1)
+        assert quantize.mx_codes(torch.tensor([middle])).tolist() == [code + (code & 1)]
+    else:
+        assert quantize.mx_codes(torch.tensor([-1e9 if code & 8 else 1e9])).tolist() == [code]  # cut, not carried
+
+
+MX_SIZES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+
+
+def literal_e2m1(code: int) -> float:
+    """OCP Microscaling Formats 1.0, 5.3.3: bias 1, no infinity, no NaN."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    size = mantissa / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+    return -size if code & 8 else size
+
+
+def literal_e4m3(code: int) -> float:
+    """The same, 5.3.1: bias 7, no infinity, NaN with all bits of size set."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    if code & 127 == 127:
+        return math.nan
+    size = 2.0**-6 * mantissa / 8 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)
+    return -size if code & 128 else size
+
+
+def test_codes_say_what_the_formats_say():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)[None, None]  # a block
+    for exponent in (2, 127, 252):
+        values = mx_values(codes[..., ::2] | codes[..., 1::2] << 4, torch.tensor([[[exponent]]], dtype=torch.uint8))
+        assert values.flatten().tolist() == [literal_e2m1(code) * 2.0 ** (exponent - 127) for code in range(16)] * 2
+        assert torch.equal(values, values.bfloat16().float())
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    expected = torch.tensor([literal_e4m3(code) for code in range(256)])
+    assert torch.equal(bytes_.nan_to_num(7e7), expected.nan_to_num(7e7))
+
+
+def test_mxfp4_takes_the_better_scale():
+    """No other power of two has a smaller error; blocks of zeros, of the smallest and the largest numbers too."""
+    weight = torch.randn(2, 5, 96).bfloat16()
+    weight[0, 0], weight[0, 1, :32], weight[1, 1, 40] = 0, 1e-38, 3e38
+    weight[1, 2, :32] = 6.5  # cut to 6, or 8, which is nearer
+    weight[1, 2, 0] = 7
+    codes, scales = quantize.quantized(weight, "mxfp4")
+    assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (torch.uint8, (2, 5, 48), torch.uint8, (2, 5, 3))
+    assert scales.min() >= 2
+    assert scales.max() <= 252
+    blocks = weight.double().unflatten(-1, (3, 32))
+    error = (mx_values(codes, scales).double().unflatten(-1, (3, 32)) - blocks).square().sum(-1)
+    for step in (-2, -1, 1, 2):
+        other = scales.double() + step
+        nearest = torch.tensor([literal_e2m1(code) for code in range(16)]).double() * 2.0 ** (
+            other[..., None, None] - 127
+        )
+        errors = (blocks[..., None] - nearest).square().min(-1).values.sum(-1)
+        inside = (other >= 2) & (other <= 252)
+        assert (errors[inside] >= error[inside] * (1 - 1e-9)).all()
+    assert not mx_values(codes, scales)[0, 0].any()
+
+
+def test_fp8_values_are_the_nearest():
+    weight = torch.randn(2, 5, 64).bfloat16()
+    weight[1, 2], weight[0, 0, 7] = 0, -9
+    values, scales = quantize.quantized(weight, "fp8")
+    assert (values.dtype, scales.shape) == (torch.float8_e4m3fn, (2, 5, 1))
+    numbers = torch.tensor([literal_e4m3(code) for code in range(256) if code & 127 != 127]).double()
+    error = (weight.double() / scales.double() - values.double()).abs()
+    nearest = (weight.double()[..., None] / scales.double()[..., None] - numbers).abs().min(-1).values
+    assert (error <= nearest + 1e-4).all()
+    assert values[0, 0, 7] == -448
+    assert not values[1, 2].float().any()
+
+
 def test_checkpoint_has_all_tensors(folder):
     before, after = (load_file(path / "model.safetensors") for path in (blockdraft.bundled_model(), folder))
     experts = {name for name in before if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
@@ -88,22 +168,25 @@ def test_checkpoint_has_all_tensors(folder):
             assert after[name].dtype == tensor.dtype
             assert torch.equal(after[name], tensor)
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"] == quantization_config()
+    assert config["quantization_config"] == quantization_config("int8")
     assert (folder / "tokenizer.json").read_bytes() == (blockdraft.bundled_model() / "tokenizer.json").read_bytes()
     assert not (folder / "costs.json").exists()  # times of the model before
 
 
-def test_loads_as_the_products_of_values_and_scales(tiny):
+@pytest.mark.parametrize("experts", EXPERT_FORMATS)
+def test_loads_as_the_products_of_values_and_scales(tmp_path, experts):
     """In float32, where a model with those products for weights differs by float32 roundings alone."""
-    source, out = tiny
-    quantize.quantize(source, out, progress=False)
+    source = save(random_model(tiny_config(moe_intermediate_size=64)), tmp_path / "tiny", torch.bfloat16)
+    out = tmp_path / "out"
+    quantize.quantize(source, out, progress=False, experts=experts)
     products = shutil.copytree(out, out.parent / "products")
     tensors = load_file(out / "model.safetensors")
     scales = {name: value for name, value in tensors.items() if name.endswith("proj_scale")}
     changed: dict[str, Tensor | None] = dict.fromkeys(scales)
     for name, scale in scales.items():
         weight = name.removesuffix("_scale")
-        changed[weight] = tensors[weight].float() * scale
+        is_mx = experts == "mxfp4"
+        changed[weight] = mx_values(tensors[weight], scale) if is_mx else tensors[weight].float() * scale
     edit(products, changed)
     config = json.loads((out / "config.json").read_text())
     (products / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
@@ -112,6 +195,8 @@ def test_loads_as_the_products_of_values_and_scales(tiny):
         ZayaForCausalLM.from_pretrained(path, dtype=torch.float32, progress=False).logits(ids)
         for path in (out, products, source)
     )
+    if experts == "mxfp4":
+        assert torch.equal(a, b)
     assert (a - b).abs().max() < 1e-4 * b.abs().max()
     assert (a - original).abs().max() > 1e-3 * b.abs().max()
 
@@ -132,6 +217,37 @@ def test_blocks_give_the_tokens_of_plain_decoding(folder, dtype, law):
     outputs = model.generate(prompts, params)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert sum(output.stats.accepted for output in outputs) > 50
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "fp8"])
+def test_other_formats(tmp_path, capsys, experts):
+    """The command, its report, what the folder loads as and what that generates."""
+    out = tmp_path / "new"
+    command = ["quantize", str(blockdraft.bundled_model()), "--format", experts, "--out", str(out), "--json"]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["experts"] == experts
+    assert result["bytes_after"] < {"mxfp4": 0.45, "fp8": 0.65}[experts] * result["bytes_before"]
+    change = result["report"]
+    assert 1e-6 < change["kl_mean"] < {"mxfp4": 0.1, "fp8": 0.005}[experts]
+    assert change["top1_agreement"] > {"mxfp4": 0.85, "fp8": 0.97}[experts]
+    assert EXPERT_FORMATS[experts].about_scales in quantize.as_text(result)
+    config = ZayaConfig.from_folder(out)
+    assert config.quantized_experts == experts
+    model = ZayaForCausalLM.from_pretrained(out, progress=False)
+    prompts = held_out_prompts(3)
+    plain = model.generate(prompts, SamplingParams(max_tokens=32, sampler="ar"))
+    blocks = model.generate(prompts, [SamplingParams(max_tokens=32, drafter=d) for d in ("mask", "ngram", "auto")])
+    assert [output.token_ids for output in blocks] == [output.token_ids for output in plain]
+    assert sum(output.stats.accepted for output in blocks) > 10
+
+
+def test_costs_of_mxfp4(folder):
+    int8 = ZayaConfig.from_folder(folder)
+    mxfp4 = replace(int8, quantized_experts="mxfp4")
+    a, b = (ModelCost.of(config).forward(1, 512, 16, 16) for config in (mxfp4, int8))
+    assert a.expert_bytes * 32 == b.expert_bytes * 17
+    assert CostTable.modelled(mxfp4, 2).time(1, 1) < CostTable.modelled(int8, 2).time(1, 1)
 
 
 def test_costs_count_a_byte_a_weight(folder):
@@ -210,7 +326,7 @@ def test_text(report):
 
 def test_no_report(tiny, capsys):
     source, out = tiny
-    assert cli.main(["quantize", str(source), "--experts", "int8", "--out", str(out), "--no-report"]) == 0
+    assert cli.main(["quantize", str(source), "--out", str(out), "--no-report"]) == 0
     assert "no report" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -220,7 +336,7 @@ def test_no_report(tiny, capsys):
 
 def refused(tiny, message: str, *arguments: str, capsys) -> None:
     source, out = tiny
-    assert cli.main(["quantize", str(source), "--experts", "int8", "--out", str(out), *arguments]) == 2
+    assert cli.main(["quantize", str(source), "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -267,7 +383,7 @@ def test_counts(tiny, capsys, name):
 
 def test_format(tiny, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["quantize", str(tiny[0]), "--experts", "int4", "--out", str(tiny[1])])
+        cli.main(["quantize", str(tiny[0]), "--format", "int4", "--out", str(tiny[1])])
     assert "invalid choice: 'int4'" in capsys.readouterr().err
 
 
@@ -282,8 +398,8 @@ def test_nothing_half_written_stays(tiny, monkeypatch):
     source, out = tiny
     tensors = quantize.tensors_of
 
-    def fails(checkpoint):
-        yield next(tensors(checkpoint))
+    def fails(checkpoint, experts):
+        yield next(tensors(checkpoint, experts))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quantize, "tensors_of", fails)
@@ -318,3 +434,64 @@ def test_int8_without_quantization_config(tiny):
     (tiny[1] / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="gate_up_proj: dtype I8, wanted F32, BF16 or F16"):
         ZayaForCausalLM.from_pretrained(tiny[1], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("experts", "change", "message"),
+    [
+        ("mxfp4", lambda t: {DOWN: t[DOWN].to(torch.int8)}, f"{DOWN}: dtype I8, wanted U8, because of quant"),
+        ("mxfp4", lambda t: {f"{DOWN}_scale": t[f"{DOWN}_scale"].float()}, f"{DOWN}_scale: dtype F32, wanted U8"),
+        (
+            "mxfp4",
+            lambda t: {f"{DOWN}_scale": t[f"{DOWN}_scale"] * 0},
+            "holds scales of exponent 0 to 0, wanted 2 to 252",
+        ),
+        (
+            "mxfp4",
+            lambda t: {f"{DOWN}_scale": t[f"{DOWN}_scale"] | 255},
+            "holds scales of exponent 255 to 255, wanted 2",
+        ),
+        ("mxfp4", lambda t: {DOWN: t[DOWN][..., :8].contiguous()}, r"shape \[5, 64, 8\], wanted \[5, 64, 32\]"),
+        ("fp8", lambda t: {DOWN: t[DOWN].view(torch.uint8)}, f"{DOWN}: dtype U8, wanted F8_E4M3, because of quant"),
+        ("fp8", lambda t: {DOWN: nan_at_the_end(t[DOWN])}, f"{DOWN}: holds NaN"),
+        ("fp8", lambda t: {f"{DOWN}_scale": t[f"{DOWN}_scale"] / 0}, "down_proj_scale: holds NaN or infinity"),
+    ],
+)
+def test_other_checkpoints_that_are_refused(tmp_path, experts, change, message):
+    source = save(random_model(tiny_config(moe_intermediate_size=64)), tmp_path / "tiny", torch.bfloat16)
+    quantize.quantize(source, tmp_path / "out", progress=False, experts=experts)
+    edit(tmp_path / "out", change(load_file(tmp_path / "out" / "model.safetensors")))
+    with pytest.raises(CheckpointError, match=message):
+        ZayaForCausalLM.from_pretrained(tmp_path / "out", progress=False)
+
+
+def nan_at_the_end(values: Tensor) -> Tensor:
+    codes = values.view(torch.uint8).clone()
+    codes[-1, -1, -1] = 255
+    return codes.view(torch.float8_e4m3fn)
+
+
+def test_mxfp4_wants_whole_blocks(tiny, capsys):
+    message = "moe_intermediate_size: wanted a multiple of 32 with experts of mxfp4, got 40"
+    refused(tiny, message, "--format", "mxfp4", "--no-report", capsys=capsys)
+    assert not tiny[1].exists()
+
+
+def test_fp8_experts_of_the_older_layout(tmp_path):
+    """One tensor for each expert, with a scale in bfloat16."""
+    source = save(random_model(tiny_config()), tmp_path / "tiny", torch.bfloat16)
+    quantize.quantize(source, tmp_path / "out", progress=False, experts="fp8")
+    config, tensors = ZayaConfig.from_folder(tmp_path / "out"), load_file(tmp_path / "out" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj_scale")]:
+        tensors[name] = tensors[name].bfloat16().float()
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    older = shutil.copytree(tmp_path / "out", tmp_path / "older")
+    parts: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        names = legacy_names(name, config)
+        value = value.bfloat16() if name.endswith("_proj_scale") else value
+        parts |= zip(names, value if ".experts." in name else [value], strict=True)
+    save_file({name: value.clone() for name, value in parts.items()}, older / "model.safetensors")
+    ids = torch.arange(3, 43)[None]
+    a, b = (ZayaForCausalLM.from_pretrained(tmp_path / n, progress=False).logits(ids) for n in ("out", "older"))
+    assert torch.equal(a, b)

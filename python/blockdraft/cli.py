@@ -242,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
     passk.add_arguments(command)
     command.set_defaults(run=run_passk)
 
-    command = commands.add_parser("quantize", help="write a checkpoint with experts of one byte, and what that changes")
+    command = commands.add_parser("quantize", help="write a checkpoint with experts of 8 or 4 bits, and its errors")
     quantize.add_arguments(command)
     command.set_defaults(run=quantize.main)
 

@@ -21,6 +21,7 @@ import torch
 
 from blockdraft.errors import RequestError
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.expert_formats import expert_bytes
 
 MAX_BLOCK = 32
 # Where nothing is known: half of the drafts hold, which four verified ones outweigh.
@@ -134,7 +135,7 @@ class CostTable:
         for n in rows:
             distinct = E * (1 - (1 - 1 / E) ** n)
             bytes_ = float(itemsize * (c.num_hidden_layers * layer + head))
-            bytes_ += (1 if c.quantized_experts else itemsize) * c.num_hidden_layers * distinct * expert
+            bytes_ += expert_bytes(c.quantized_experts, itemsize) * c.num_hidden_layers * distinct * expert
             flops = 2 * n * (c.num_hidden_layers * (layer + expert) + head)
             ms.append(0.5 + 1e3 * max(bytes_ / 40e9, flops / 60e9))
         return cls(rows, tuple(ms))

@@ -1,4 +1,4 @@
-"""`blockdraft quantize`: a checkpoint whose experts have one byte a weight, and a report on what that changes.
+"""`blockdraft quantize`: a checkpoint whose experts have a byte a weight or half of one, and what that changes.
 
 Tensors are read, quantized and written one by one. The two models of the report are in memory one after the other: what
 is kept of the first are its hidden states, for both have the same LM head.
@@ -20,13 +20,25 @@ from tqdm import tqdm
 from blockdraft.convert.checkpoint import COPIED, config_dict, write_text
 from blockdraft.errors import RequestError
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.expert_formats import EXPERT_FORMATS, MXFP4
 from blockdraft.model.tensor_names import QUANTIZED, SCALES, expected_shapes, is_quantized
-from blockdraft.model.weights import ADAPTER_FILE, DTYPES, SINGLE_FILE, Checkpoint, bytes_of, resolve_folder
+from blockdraft.model.weights import (
+    ADAPTER_FILE,
+    DTYPES,
+    LEAST_MX_SCALE,
+    MOST_MX_SCALE,
+    SINGLE_FILE,
+    Checkpoint,
+    bytes_of,
+    resolve_folder,
+)
 from blockdraft.model.zaya import ZayaForCausalLM
 from blockdraft.verify import BUILT_IN, PROMPTS
 
-FORMATS = ("int8",)
-LARGEST = 127
+LARGEST_INT8, LARGEST_FP8 = 127, 448
+MX_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# What lies in the middle goes to the code whose last bit is 0: there the border is the float32 below the middle.
+MX_BORDERS = (0.25, 0.75 - 2.0**-24, 1.25, 1.75 - 2.0**-23, 2.5, 3.5 - 2.0**-22, 5.0)
 WINDOW = 1024  # tokens of a sequence of the report
 COMPARED_ROWS = 32  # with 262,272 tokens in the vocabulary: 67 MB of float64 logits
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -37,44 +49,81 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 # Weights
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, rounded to the nearest, a scale for each row.
+def quantized(weight: Tensor, experts: str = "int8") -> tuple[Tensor, Tensor]:
+    """Symmetric, rounded to the nearest, ties to even.
 
     Args:
         weight: ``[E, N, K]``.
+        experts: One of EXPERT_FORMATS.
 
     Returns:
-        int8 ``[E, N, K]`` from -127 to 127, and float32 scales ``[E, N, 1]``, 1 for rows of zeros; their product is
-        within half a scale of the weight.
+        int8: values ``[E, N, K]`` from -127 to 127, and float32 scales ``[E, N, 1]``, 1 for rows of zeros; their
+        product is within half a scale of the weight. fp8: likewise, values to 448 in float8_e4m3fn. mxfp4: uint8
+        ``[E, N, K / 2]``, two codes each, and uint8 ``[E, N, K / 32]``, the exponents of scales and 127.
     """
-    values, scales = (
-        torch.empty_like(weight, dtype=torch.int8),
-        weight.new_empty(*weight.shape[:2], 1, dtype=torch.float32),
-    )
-    for e, expert in enumerate(weight):  # one at a time: the float32 copy is twice the size of the weights
-        wide = expert.float()
-        scale = wide.abs().amax(-1, keepdim=True) / LARGEST
-        scales[e] = scale.where(scale > 0, 1.0)
-        values[e] = (wide / scales[e]).round_().clamp_(-LARGEST, LARGEST)
-    return values, scales
+    to_format = {"int8": to_int8, "fp8": to_fp8, "mxfp4": to_mxfp4}[experts]
+    parts = [to_format(expert.float()) for expert in weight]  # one at a time: float32 is twice the size of the weights
+    values, scales = zip(*parts, strict=True)
+    return torch.stack(values), torch.stack(scales)
+
+
+def row_scales(wide: Tensor, largest: int) -> Tensor:
+    scales = wide.abs().amax(-1, keepdim=True) / largest
+    return scales.where(scales > 0, 1.0)
+
+
+def to_int8(wide: Tensor) -> tuple[Tensor, Tensor]:
+    scales = row_scales(wide, LARGEST_INT8)
+    return (wide / scales).round_().clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8), scales
+
+
+def to_fp8(wide: Tensor) -> tuple[Tensor, Tensor]:
+    scales = row_scales(wide, LARGEST_FP8)
+    return (wide / scales).clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
+
+
+def to_mxfp4(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the scale with which a block's largest weight is 4 to 8, where above 6 it is cut, and the double of it, the
+    one with the smaller square error."""
+    blocks = wide.unflatten(-1, (-1, MXFP4.block))  # type: ignore[arg-type]
+    exponents = blocks.abs().amax(-1, keepdim=True).frexp().exponent - 3  # of 0.5 to 1: 4 to 8
+    exponents = exponents.clamp_(LEAST_MX_SCALE - 127, MOST_MX_SCALE - 1 - 127)
+    small, large = (torch.ldexp(blocks, -exponents - more) for more in (0, 1))
+    errors = [(mx_rounded(x) - x).square_().sum(-1, keepdim=True) for x in (small, large)]
+    is_large = 4 * errors[1] < errors[0]
+    codes = mx_codes(torch.where(is_large, large, small)).flatten(-2)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + is_large + 127).squeeze(-1).to(torch.uint8)
+
+
+def mx_codes(x: Tensor) -> Tensor:
+    """The codes of E2M1 that are nearest to x, uint8."""
+    sizes = torch.bucketize(x.abs(), torch.tensor(MX_BORDERS), out_int32=True)
+    return (sizes + 8 * x.signbit()).to(torch.uint8)
+
+
+def mx_rounded(x: Tensor) -> Tensor:
+    """What those codes say."""
+    return torch.tensor(MX_SIZES)[(mx_codes(x) & 7).int()].copysign(x)
 
 
 def specs_of(checkpoint: Checkpoint, config: ZayaConfig) -> dict[str, Spec]:
     """dtype and shape of each tensor of the quantized model."""
 
+    stored = EXPERT_FORMATS[config.quantized_experts or ""]
+
     def dtype_of(name: str) -> torch.dtype:
         if is_quantized(name, config):
-            return torch.int8
-        return torch.float32 if name.endswith(SCALES) else checkpoint.stored_dtype(name)
+            return DTYPES[stored.values]
+        return DTYPES[stored.scales[0]] if name.endswith(SCALES) else checkpoint.stored_dtype(name)
 
     return {name: (dtype_of(name), shape) for name, shape in expected_shapes(config).items()}
 
 
-def tensors_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(checkpoint: Checkpoint, experts: str) -> Iterator[tuple[str, Tensor]]:
     for name in checkpoint.names():
         tensor = checkpoint.read(name)
         if name.endswith(QUANTIZED):
-            values, scales = quantized(tensor)
+            values, scales = quantized(tensor, experts)
             yield name, values
             yield f"{name}_scale", scales
         else:
@@ -105,30 +154,31 @@ def write_tensors(path: Path, specs: dict[str, Spec], tensors: Iterable[tuple[st
         raise RequestError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def quantize(folder: Path, out: Path, progress: bool = True) -> None:
-    """Writes a model folder with experts of int8: config.json in the native style, one file of weights, and
-    the tokenizer and adapters as they are.
+def quantize(folder: Path, out: Path, progress: bool = True, experts: str = "int8") -> None:
+    """Writes a model folder with quantized experts: config.json in the native style, one file of weights, and the
+    tokenizer and adapters as they are.
 
     Args:
         folder: A model that `ZayaForCausalLM.from_pretrained` reads, not quantized.
         out: A folder that is absent or empty.
+        experts: One of EXPERT_FORMATS.
 
     Raises:
         RequestError: The model is quantized already, or `out` cannot be used.
-        ConfigError, CheckpointError: The model cannot be read.
+        ConfigError, CheckpointError: The model cannot be read, or its sizes do not fit the format.
     """
     config = ZayaConfig.from_folder(folder)
     if config.quantized_experts:
         raise RequestError(f"{folder}: the experts are {config.quantized_experts} already, wanted floats")
     check_empty(out)
-    config = replace(config, quantized_experts="int8")
+    config = replace(config, quantized_experts=experts)
     with Checkpoint(folder, replace(config, quantized_experts=None)) as checkpoint:
         specs = specs_of(checkpoint, config)
         check_space(out, sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
         make_folder(out)
         partial = (out / SINGLE_FILE).with_suffix(".partial")
         try:
-            tensors = tensors_of(checkpoint)
+            tensors = tensors_of(checkpoint, experts)
             bar = tqdm(tensors, "quantizing", len(specs), unit="tensor", disable=not progress, leave=False)
             write_tensors(partial, specs, bar)
             partial.rename(out / SINGLE_FILE)
@@ -286,7 +336,7 @@ def size_of(folder: Path) -> int:
 def as_text(result: dict[str, Any]) -> str:
     before, after = result["bytes_before"], result["bytes_after"]
     lines = [
-        f"{result['out']}: experts {result['experts']}, a float32 scale for each row",
+        f"{result['out']}: experts {result['experts']}, {EXPERT_FORMATS[result['experts']].about_scales}",
         f"weights: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({after / before:.0%})",
     ]
     change = result["report"]
@@ -311,7 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `blockdraft quantize`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub id")
-    add("--experts", choices=FORMATS, required=True, help="how they are stored; all else stays as it is")
+    add("--format", choices=EXPERT_FORMATS, default="int8", help="of the experts; all else stays; default: %(default)s")
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     add("--text", default=BUILT_IN, metavar="FILE", help="of the report, UTF-8 that the model was not trained on")
     add("--tokens", type=int, default=4096, metavar="N", help="of the text, at most; default: %(default)s")
@@ -324,14 +374,14 @@ def load(folder: Path) -> ZayaForCausalLM:
     return ZayaForCausalLM.from_pretrained(folder, kv_cache_tokens=WINDOW)
 
 
-def with_report(folder: Path, out: Path, source: str, tokens: int) -> Change:
+def with_report(folder: Path, out: Path, experts: str, source: str, tokens: int) -> Change:
     """Quantizes between two runs of the text."""
     texts = texts_of(source)
     model = load(folder)
     windows = windows_of(model, texts, tokens)
     before = states_of(model, windows, progress=True)
     del model  # before the other one comes
-    quantize(folder, out)
+    quantize(folder, out, experts=experts)
     model = load(out)
     return change_of(model, source, windows, compare(model, windows, before, progress=True))
 
@@ -352,12 +402,12 @@ def main(args: argparse.Namespace) -> int:
     check_empty(args.out)
     folder = resolve_folder(args.model)
     if args.no_report:
-        quantize(folder, args.out)
-    change = None if args.no_report else with_report(folder, args.out, args.text, args.tokens)
+        quantize(folder, args.out, experts=args.format)
+    change = None if args.no_report else with_report(folder, args.out, args.format, args.text, args.tokens)
     result = {
         "model": str(args.model),
         "out": str(args.out),
-        "experts": args.experts,
+        "experts": args.format,
         "bytes_before": size_of(folder),
         "bytes_after": size_of(args.out),
         "report": None if change is None else asdict(change),

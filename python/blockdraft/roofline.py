@@ -20,6 +20,7 @@ import torch
 from blockdraft.bench.measure import read_bandwidth
 from blockdraft.errors import RequestError
 from blockdraft.model.config import RANGES, ZayaConfig
+from blockdraft.model.expert_formats import expert_bytes
 from blockdraft.steps import AR, DRAFT, VERIFY
 
 ELEMENT_BYTES = 2  # bfloat16
@@ -138,7 +139,7 @@ class ModelCost:
         kv_width: Elements of keys and values per token and layer.
         query_width: Elements of a row's queries per layer.
         windows: Layers by the tokens that they see; 0 for all.
-        expert_element_bytes: 1 where the experts are int8.
+        expert_element_bytes: Of an expert's weight with its part of a scale.
     """
 
     layers: int
@@ -152,7 +153,7 @@ class ModelCost:
     kv_width: int
     query_width: int
     windows: dict[int, int]
-    expert_element_bytes: int = ELEMENT_BYTES
+    expert_element_bytes: float = ELEMENT_BYTES
 
     @staticmethod
     def of(config: ZayaConfig) -> "ModelCost":
@@ -174,7 +175,7 @@ class ModelCost:
             kv_width=2 * kv_heads * width,
             query_width=queries,
             windows=dict(Counter(map(config.window, range(layers)))),
-            expert_element_bytes=1 if config.quantized_experts else ELEMENT_BYTES,
+            expert_element_bytes=expert_bytes(config.quantized_experts, ELEMENT_BYTES),
         )
 
     @property

@@ -414,7 +414,7 @@ HOSTILE: dict[str, tuple[Callable[[Header, bytes], bytes], str]] = {
     "name lone surrogate": (lambda h, d: pack(renamed(h, "\ud800"), d), "a name has"),
     **{
         f"dtype {dtype}": (lambda h, d, dtype=dtype: pack(entry(h, dtype=dtype), d), "dtype .* wanted one of F32, BF16")
-        for dtype in ("F31", "bf16", "", "F64", "I64", "BOOL", "F8_E4M3", "U16", 16, None, ["BF16"], {}, True)
+        for dtype in ("F31", "bf16", "", "F64", "I64", "BOOL", "F8_E5M2", "U16", 16, None, ["BF16"], {}, True)
     },
     "dtype of other size": (lambda h, d: pack(entry(h, dtype="F32"), d), "wanted a span of 32 bytes"),
     "shape negative": (shape([-8]), WANTED_EXTENTS),

@@ -8,6 +8,7 @@ from torch import Tensor
 import blockdraft
 from blockdraft import ZayaForCausalLM
 from blockdraft.cache import Cache, Transaction
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 from blockdraft.ops.decoder_forward import LAYER_WEIGHTS, MODEL_WEIGHTS
 from blockdraft.quantize import quantize
 from blockdraft.steps import Block, Group, make_step
@@ -23,6 +24,8 @@ MODELS = {
     "two-kinds": ({}, "zero"),  # full and sliding layers, one with a skip class that wins
     "skip-identity": ({"rope_parameters": HALF_ROTATED, "hidden_size": 40}, "identity"),
     "int8": ({}, "zero"),
+    "fp8": ({}, "zero"),
+    "mxfp4": ({"moe_intermediate_size": 64}, "zero"),
     "one-layer": ({"num_hidden_layers": 1, "layer_types": ("hybrid",), "num_experts": 1, "hidden_size": 33}, "zero"),
 }
 STEPS = {
@@ -49,9 +52,9 @@ def folders(tmp_path_factory):
     def folder(name: str):
         if name not in made:
             made[name] = save(random_model(tiny_config(**MODELS[name][0])), tmp_path_factory.mktemp(name))
-            if name == "int8":
-                quantize(made[name], made[name] / "int8", progress=False)
-                made[name] /= "int8"
+            if name in EXPERT_FORMATS:
+                quantize(made[name], made[name] / name, progress=False, experts=name)
+                made[name] /= name
         return made[name]
 
     return folder
@@ -123,7 +126,7 @@ def test_matches_reference(cpu, folders, name):
 def assert_matches_reference(call: dict[str, Any]) -> None:
     def wide(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return x.double() if x.is_floating_point() else x
+            return x.double() if x.is_floating_point() and x.itemsize > 1 else x
         return [wide(part) for part in x] if isinstance(x, list) else x
 
     exact_call, own = {name: wide(copies({name: x})[name]) for name, x in call.items()}, copies(call)
@@ -218,8 +221,9 @@ def test_error_messages(call, changes, message):
         blockdraft.ops.decoder_forward(**call | changed)
 
 
-def test_int8_experts_need_scales(cpu, folders):
-    call = make_call(load_model(folders("int8"), "int8", torch.float32), "ar")
+@pytest.mark.parametrize("name", EXPERT_FORMATS)
+def test_quantized_experts_need_scales(cpu, folders, name):
+    call = make_call(load_model(folders(name), name, torch.float32), "ar")
     with pytest.raises(
         RuntimeError, match="^decoder_forward: weights must have mlp.expert_down_scales at 34, got 34 t"
     ):

@@ -22,6 +22,7 @@ from blockdraft.bench.random_model import RANDOM, UNIFORM
 from blockdraft.bench.report import BenchError
 from blockdraft.bench.subject import TINY, ZAYA1_8B, Case, Setting, Subject
 from blockdraft.bench.subjects import SUBJECTS
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 
 __all__ = ["BenchError", "add_arguments", "main"]
 
@@ -111,7 +112,7 @@ def add_larger(either: argparse._MutuallyExclusiveGroup, parser: argparse.Argume
     add("--context", type=count(1 << 20), default=512, metavar="L", help="cached tokens; default: %(default)s")
     add("--layers", type=count(1024), metavar="N", help="of random weights; default: what cold weights take, or all")
     add("--routing", choices=ROUTINGS, default="both", help="of random weights; default: %(default)s")
-    add("--int8", action="store_true", help="with random weights, our experts of one byte a weight")
+    add("--format", choices=EXPERT_FORMATS, help="with random weights, of our experts; default: floats")
     add("--compile", action="store_true", help="with --layer, torch.compile of transformers' layers, too (minutes)")
 
 
@@ -186,7 +187,7 @@ def check(args: argparse.Namespace) -> None:
         raise BenchError(f"--{kind}: has no operators to choose, got --ops {','.join(args.ops)}")
     if kind != report.LAYER and args.compile:
         raise BenchError("--compile: compiles transformers' layers, so it wants --layer")
-    for name in ("layers", "int8"):
+    for name in ("layers", "format"):
         if getattr(args, name) and (kind == report.OPERATORS or (args.model or "8b") != "8b"):
             raise BenchError(f"--{name}: is for random weights, so it wants --layer or --model 8b")
 
@@ -222,7 +223,7 @@ def model_run(args: argparse.Namespace, sample: Callable[[], None]) -> whole.Mod
 def random_run(args: argparse.Namespace) -> dict[str, Any]:
     """What layers and models have in common."""
     run = {"shapes": SHAPES[args.shapes], "dtype": DTYPES[args.dtype], "rows": rows_of(args), "context": args.context}
-    run |= {"routings": ROUTINGS[args.routing], "layers": args.layers, "int8": args.int8}
+    run |= {"routings": ROUTINGS[args.routing], "layers": args.layers, "experts": args.format}
     return run | {"cold_bytes": int(args.cold_mb * 1e6), "budget": budget_of(args)}
 
 

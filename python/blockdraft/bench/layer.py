@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from blockdraft.bench import report
 from blockdraft.bench.measure import Budget, Measured, Prepare, Times, time_sides
 from blockdraft.bench.memory import check_memory
-from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of, leaf_of
+from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of, experts_label, leaf_of
 from blockdraft.bench.sides import COMPILED, EXPERTS, Ours, Theirs, has_transformers, their_random_model
 from blockdraft.bench.subject import UNIT, Match, Shapes
 from blockdraft.bench.subjects.moe_experts import uniform_ids
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.decoder import Decoder
+from blockdraft.model.expert_formats import expert_bytes
 from blockdraft.reference.model import Rows, ZayaReference
 
 VOCAB = 1024  # the embedding is a row each, and the LM head is not measured
@@ -35,7 +36,7 @@ class LayerRun:
     Attributes:
         layers: Of the stack; None: as many as `cold_bytes` takes.
         compiled: torch.compile of transformers' layers, too.
-        int8: Our experts have one byte a weight; the others' have the same values in the dtype.
+        experts: How ours are stored, None for the dtype; the others' have the same values in the dtype.
     """
 
     shapes: Shapes
@@ -46,7 +47,7 @@ class LayerRun:
     layers: int | None
     cold_bytes: int
     compiled: bool
-    int8: bool
+    experts: str | None
     budget: Budget
 
     @property
@@ -56,7 +57,7 @@ class LayerRun:
     @property
     def depth(self) -> int:
         """Layers such that `cold_bytes` are read before a call meets the same weights again."""
-        least = layer_bytes(self.shapes, 1, self.dtype, self.int8)
+        least = layer_bytes(self.shapes, 1, self.dtype, self.experts)
         return self.layers or max(2, math.ceil(self.cold_bytes / (least * self.sides)))
 
 
@@ -65,8 +66,8 @@ class Stack:
 
     def __init__(self, run: LayerRun) -> None:
         shapes, vocab = run.shapes, min(VOCAB, run.shapes.vocab_size)
-        self.config = config_of(shapes, run.depth, vocab, "int8" if run.int8 else None)
-        size = run.depth * layer_bytes(shapes, shapes.experts, run.dtype, run.int8)
+        self.config = config_of(shapes, run.depth, vocab, run.experts)
+        size = run.depth * layer_bytes(shapes, shapes.experts, run.dtype, run.experts)
         size += run.depth * (run.sides - 1) * layer_bytes(shapes, shapes.experts, run.dtype)
         size += layer_bytes(shapes, shapes.experts, torch.float32)  # the reference's layers share their tensors
         check_memory("--layer", size, "--layers or --cold-mb")
@@ -95,13 +96,13 @@ class Stack:
         return torch.equal(self.ours.hidden_states(tokens)[:1], self.ours.hidden_states(tokens[:1]))
 
 
-def layer_bytes(shapes: Shapes, experts: int, dtype: torch.dtype, int8: bool = False) -> int:
+def layer_bytes(shapes: Shapes, experts: int, dtype: torch.dtype, stored: str | None = None) -> int:
     """Matrices of a layer, so many of its experts."""
     attention = shapes.hidden_size * (shapes.qkv_width + shapes.heads * shapes.head_dim)
     convolution = 2 * shapes.channels * shapes.head_dim
     router = shapes.router_hidden_size * (shapes.hidden_size + 2 * shapes.router_hidden_size)
     own = 3 * experts * shapes.hidden_size * shapes.intermediate_size
-    return dtype.itemsize * (attention + convolution + router) + (1 if int8 else dtype.itemsize) * own
+    return dtype.itemsize * (attention + convolution + router) + int(expert_bytes(stored, dtype.itemsize) * own)
 
 
 def reference_of(weights: RandomWeights) -> ZayaReference:
@@ -169,7 +170,7 @@ def measure_all(run: LayerRun) -> Iterator[tuple[str, int, Callable[[], dict[str
     for routing in run.routings:
         stack.route(RandomWeights(stack.config, run.dtype, routing))
         for rows in run.rows:
-            label = f"layer{', int8 experts' if run.int8 else ''}, context {run.context}, {routing} routing"
+            label = f"layer{experts_label(run.experts)}, context {run.context}, {routing} routing"
             yield label, rows, partial(measure, stack, run, routing, rows, label)
 
 

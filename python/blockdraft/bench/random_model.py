@@ -16,12 +16,16 @@ from torch import Tensor
 
 from blockdraft.bench.subject import Shapes
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 from blockdraft.model.tensor_names import expected_shapes
+from blockdraft.model.weights import DTYPES
+from blockdraft.quantize import mx_codes
+from blockdraft.reference.pack_weight import mx_values
 
 UNIFORM, RANDOM = "uniform", "random"
 NUMBERS = 4194301  # drawn once; drawing 8.8 billion takes minutes. A prime, so that no row begins like another
 CODE = 4.0  # of a token's own channel, where the others have deviation 1
-INT8_DEVIATION = 32.0  # a fourth of the largest value
+DEVIATIONS = {"int8": 32.0, "fp8": 112.0, "mxfp4": 1.5}  # of stored values: a fourth of the largest one
 LOGIT = 8.0  # of the chosen expert, others 0: probability 0.995 of 17 classes
 
 
@@ -57,13 +61,13 @@ class RandomWeights:
         config: Whose tensors.
         dtype: Of all but the balancing biases, which are float32.
         routing: UNIFORM or RANDOM; the same weights but for the router's first and last matrix.
-        of_int8: The experts have the values that int8 can have; see `widened`.
+        values_of: The experts are floats with the values of this format; see `widened`.
     """
 
     config: ZayaConfig
     dtype: torch.dtype
     routing: str = UNIFORM
-    of_int8: bool = False
+    values_of: str | None = None
     shapes: dict[str, tuple[int, ...]] = field(init=False)
     numbers: Tensor = field(init=False)  # [2 * NUMBERS], deviation 1, twice the same
 
@@ -73,17 +77,17 @@ class RandomWeights:
         self.numbers = torch.empty(NUMBERS, dtype=self.dtype).normal_(generator=generator).repeat(2)
 
     def widened(self) -> "RandomWeights":
-        """The same values for those who know no experts of int8."""
-        quantized = self.config.quantized_experts is not None
+        """The same values for those who know floats only."""
         config = replace(self.config, quantized_experts=None)
-        return RandomWeights(config, self.dtype, self.routing, of_int8=quantized)
+        return RandomWeights(config, self.dtype, self.routing, values_of=self.config.quantized_experts)
 
     def read(self, name: str) -> Tensor:
         E, leaf = self.config.num_experts, leaf_of(name)
         if leaf.endswith("balancing_biases"):
             return F.pad(torch.zeros(E), (0, 1), value=-1.0)  # nobody is skipped
-        if leaf.startswith("mlp.experts.") and (self.of_int8 or self.config.quantized_experts):
-            return self.expert(leaf, self.shapes[name])
+        experts = self.values_of or self.config.quantized_experts
+        if leaf.startswith("mlp.experts.") and experts:
+            return self.expert(leaf, self.shapes[name], experts)
         value = self.plain(leaf, self.shapes[name])
         if leaf.endswith("residual_scale.hidden_states_scale"):
             value[:E] = 0
@@ -103,25 +107,45 @@ class RandomWeights:
             return torch.ones(shape, dtype=self.dtype)
         return self.normal(leaf, shape, deviation(leaf, shape))
 
-    def expert(self, leaf: str, shape: tuple[int, ...]) -> Tensor:
-        """int8, their scales, or the products of both, which the dtype holds exactly: a scale is a power of two."""
+    def expert(self, leaf: str, shape: tuple[int, ...], experts: str) -> Tensor:
+        """Values, their scales, or the products of both, which the dtype holds exactly: a scale is a power of two."""
         inputs = {"gate_up_proj": self.config.hidden_size, "down_proj": self.config.moe_intermediate_size}
-        scale = 2.0 ** round(math.log2(inputs[leaf.split(".")[2].removesuffix("_scale")] ** -0.5 / INT8_DEVIATION))
+        K = inputs[leaf.split(".")[2].removesuffix("_scale")]
+        exponent, stored = round(math.log2(K**-0.5 / DEVIATIONS[experts])), EXPERT_FORMATS[experts]
         if leaf.endswith("_scale"):
-            return torch.full(shape, scale)
-        values = self.normal(leaf, shape, INT8_DEVIATION, torch.int8)
-        return values.to(self.dtype).mul_(scale) if self.of_int8 else values
+            return torch.full(shape, 127 + exponent if stored.block else 2.0**exponent, dtype=DTYPES[stored.scales[0]])
+        values = self.stored(leaf, (*shape[:-1], K // stored.values_per_byte), experts)
+        if not self.values_of:
+            return values
+        if stored.block:
+            scales = torch.full((values.shape[1], K // stored.block), 127 + exponent)
+            return torch.stack([mx_values(expert, scales).to(self.dtype) for expert in values])  # float64 on the way
+        return values.to(self.dtype).mul_(2.0**exponent)
 
-    def normal(self, leaf: str, shape: tuple[int, ...], scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    def stored(self, leaf: str, shape: tuple[int, ...], experts: str) -> Tensor:
+        """Of the numbers."""
+        if experts == "mxfp4":
+            codes = mx_codes(self.part(leaf, math.prod(shape)).float() * DEVIATIONS[experts])
+            return self.repeated(codes | codes.flip(0) << 4, shape)
+        dtype, largest = DTYPES[EXPERT_FORMATS[experts].values], 127 if experts == "int8" else 448
+        numbers = (self.part(leaf, math.prod(shape)) * DEVIATIONS[experts]).clamp_(-largest, largest)
+        return self.repeated((numbers.round_() if experts == "int8" else numbers).to(dtype), shape)
+
+    def normal(self, leaf: str, shape: tuple[int, ...], scale: float) -> Tensor:
         """The numbers, from a place of its own for each leaf, as often as the shape needs them; layers are alike."""
-        out = torch.empty(shape, dtype=dtype or self.dtype)
-        flat = out.view(-1)
+        return self.repeated(self.part(leaf, math.prod(shape)) * scale, shape)
+
+    def part(self, leaf: str, count: int) -> Tensor:
+        """At most all of them."""
         begin = crc32(leaf.encode()) % NUMBERS
-        numbers = self.numbers[begin : begin + min(NUMBERS, flat.numel())] * scale
-        if dtype == torch.int8:
-            numbers = numbers.round_().clamp_(-127, 127).to(dtype)
-        for first in range(0, flat.numel(), NUMBERS):
-            flat[first : first + NUMBERS] = numbers[: flat.numel() - first]
+        return self.numbers[begin : begin + min(NUMBERS, count)]
+
+    @staticmethod
+    def repeated(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=numbers.dtype)
+        flat = out.view(-1)
+        for first in range(0, flat.numel(), len(numbers)):
+            flat[first : first + len(numbers)] = numbers[: flat.numel() - first]
         return out
 
     def readout(self) -> Tensor:
@@ -135,6 +159,10 @@ class RandomWeights:
         for name in ("fc1", "fc2"):
             x = F.gelu(x @ self.read(f"{mlp}router_mlp.{name}.weight").float().T)
         return (LOGIT * torch.linalg.pinv(x).T).to(self.dtype)
+
+
+def experts_label(experts: str | None) -> str:
+    return f", {experts} experts" if experts else ""
 
 
 def leaf_of(name: str) -> str:

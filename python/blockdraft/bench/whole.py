@@ -17,7 +17,7 @@ from tqdm import tqdm
 from blockdraft.bench import layer, report
 from blockdraft.bench.measure import Budget, Call, Measured, Times, time_sides
 from blockdraft.bench.memory import check_memory, fits
-from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of
+from blockdraft.bench.random_model import UNIFORM, RandomWeights, config_of, experts_label
 from blockdraft.bench.sides import EXPERTS, Ours, Theirs, has_transformers, their_model, their_random_model
 from blockdraft.bench.subject import Match, Shapes
 from blockdraft.model.config import ZayaConfig
@@ -38,7 +38,7 @@ class ModelRun:
     Attributes:
         folder: Of a checkpoint; None: random weights.
         layers: Of random weights; None: all that the shapes have.
-        int8: Of random weights: our experts have one byte a weight.
+        experts: Of random weights: how ours are stored, None for the dtype.
         sample: Measures the memory; called beside each side.
     """
 
@@ -50,7 +50,7 @@ class ModelRun:
     routings: tuple[str, ...]
     layers: int | None
     cold_bytes: int
-    int8: bool
+    experts: str | None
     budget: Budget
     sample: Callable[[], None]
 
@@ -63,7 +63,7 @@ class ModelRun:
         if self.folder:
             return self.folder.name
         part = "" if self.depth == self.shapes.layers else f", {self.depth} of {self.shapes.layers} layers"
-        return f"random weights{', int8 experts' if self.int8 else ''}{part}"
+        return f"random weights{experts_label(self.experts)}{part}"
 
 
 @dataclass
@@ -215,7 +215,7 @@ def row_of(run: ModelRun, label: str, rows: int, seen: Seen, match: Match | None
 
 def absence() -> str:
     """Why there is no other side."""
-    return "transformers does not load experts of int8" if has_transformers() else "transformers is not installed"
+    return "transformers does not load quantized experts" if has_transformers() else "transformers is not installed"
 
 
 def rate(rows: int, ours: Times, theirs: Times | None) -> str:
@@ -227,7 +227,7 @@ def rate(rows: int, ours: Times, theirs: Times | None) -> str:
 
 
 def random_config(run: ModelRun) -> ZayaConfig:
-    return config_of(run.shapes, run.depth, experts="int8" if run.int8 else None)
+    return config_of(run.shapes, run.depth, experts=run.experts)
 
 
 class Loader:

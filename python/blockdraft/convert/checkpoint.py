@@ -68,7 +68,7 @@ def load(
     stored = ZayaConfig.from_folder(folder)
     config = replace(stored, **changed)  # type: ignore[arg-type]
     if config.quantized_experts:
-        wanted = "none, for weights of one byte cannot be trained"
+        wanted = "none, for quantized weights cannot be trained"
         raise ConfigError(f"{folder}: quantization_config: wanted {wanted}, got {config.quantized_experts}")
     if stored.draft_head == "markov" == config.draft_head and stored.markov_rank != config.markov_rank:
         raise ConfigError(f"{folder}: markov_rank: wanted the stored {stored.markov_rank}, got {config.markov_rank}")
@@ -186,8 +186,8 @@ def config_dict(config: ZayaConfig, dtype: torch.dtype = torch.bfloat16) -> dict
     eos = list(config.eos_token_ids)
     if config.draft_head != "markov":
         del values["markov_rank"]
-    if values.pop("quantized_experts"):
-        values["quantization_config"] = quantization_config()
+    if experts := values.pop("quantized_experts"):
+        values["quantization_config"] = quantization_config(experts)
     return values | {
         "architectures": ["ZayaForCausalLM"],
         "model_type": "zaya",

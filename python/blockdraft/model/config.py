@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockdraft.errors import ConfigError
 from blockdraft.model.config_styles import LAYER_TYPES, refusal, values_of
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 from blockdraft.model.files import UnusableFile, read_json
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -52,7 +53,8 @@ class ZayaConfig:
             causal row for all masks of a group, or ``none``, nothing; a property of the training.
         draft_head: Output matrix of the drafts: ``shared``, the LM head; ``separate``, one of their own; ``markov``,
             that and a bias by the previous token, of rank markov_rank.
-        quantized_experts: None, or ``int8``: the experts have one byte a weight and a float32 scale for each row.
+        quantized_experts: None, or how the experts are stored: ``int8`` and ``fp8`` (E4M3), one byte a weight and a
+            float32 scale for each row, or ``mxfp4``, half a byte (E2M1) and a power of two for each 32 weights.
 
     Raises:
         ConfigError: A value has a wrong type, is out of range or contradicts another.
@@ -154,8 +156,19 @@ def _check(values: dict[str, Any], source: str) -> None:
         raise refusal(source, "mask_parent", "'previous' with draft_layout 'anchor_in_block'", values["mask_parent"])
     if values["draft_head"] not in DRAFT_HEADS:
         raise refusal(source, "draft_head", f"one of {', '.join(DRAFT_HEADS)}", values["draft_head"])
-    if values["quantized_experts"] not in (None, "int8"):
-        raise refusal(source, "quantized_experts", "None or 'int8'", values["quantized_experts"])
+    _check_experts(values, source)
+
+
+def _check_experts(values: dict[str, Any], source: str) -> None:
+    experts = values["quantized_experts"]
+    if experts is None:
+        return
+    if experts not in EXPERT_FORMATS:
+        raise refusal(source, "quantized_experts", f"None or one of {', '.join(EXPERT_FORMATS)}", experts)
+    block = EXPERT_FORMATS[experts].block
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if block and values[name] % block:
+            raise refusal(source, name, f"a multiple of {block} with experts of {experts}", values[name])
 
 
 def _check_integer(source: str, name: str, value: Any, low: int, high: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blockdraft.errors import ConfigError
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 from blockdraft.model.files import shown
 
 LAYER_TYPES = ("hybrid", "hybrid_sliding")
@@ -48,14 +49,6 @@ FIXED: dict[str, Any] = {
     "cca_time1": 2,
     "hidden_act": "silu",
     "activation_func": "swiglu",
-}
-# The only quantization_config there is, in the style of compressed-tensors: experts of int8, a scale for each row.
-QUANTIZED_WEIGHTS: dict[str, Any] = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "channel",
-    "dynamic": False,
 }
 QUANTIZED_TARGETS = ["re:.*mlp\\.experts\\..*"]
 # ZAYA1's own: implied by the tensors, or about speed and precision.
@@ -183,12 +176,13 @@ def _common(keys: Keys) -> dict[str, Any]:
     return values | {key: keys.get(key) for key in DRAFT_KEYS if keys.present(key)}
 
 
-def quantization_config() -> dict[str, Any]:
-    """Of a model with experts of int8."""
-    group = {"targets": QUANTIZED_TARGETS, "weights": QUANTIZED_WEIGHTS, "input_activations": None}
+def quantization_config(experts: str) -> dict[str, Any]:
+    """Of a model with experts of a format, in the style of compressed-tensors."""
+    stored = EXPERT_FORMATS[experts]
+    group = {"targets": QUANTIZED_TARGETS, "weights": dict(stored.weights), "input_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": stored.format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
@@ -196,12 +190,13 @@ def quantization_config() -> dict[str, Any]:
 
 
 def _quantized_experts(keys: Keys) -> str | None:
-    """None or "int8". Whatever else a file may say of quantization would give other weights."""
+    """None or one of EXPERT_FORMATS. Whatever else a file may say of quantization would give other weights."""
     if keys.get("quantization_config") is None:
         return None
-    if keys.get("quantization_config") != quantization_config():
-        raise keys.refused("quantization_config", "that of `blockdraft quantize --experts int8`, or null")
-    return "int8"
+    for experts in EXPERT_FORMATS:
+        if keys.get("quantization_config") == quantization_config(experts):
+            return experts
+    raise keys.refused("quantization_config", "that of `blockdraft quantize`, or null")
 
 
 def _native(keys: Keys) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _adapters_of(
 def _reader(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Read:
     def read(name: str) -> Tensor:
         tensor = checkpoint.read(name)
-        keep = name.endswith(("balancing_biases", *SCALES)) or not tensor.is_floating_point()
+        keep = name.endswith(("balancing_biases", *SCALES)) or tensor.itemsize == 1
         return tensor.to(device, tensor.dtype if keep else dtype)
 
     return read

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from blockdraft import ops
 from blockdraft.model.config import ZayaConfig
+from blockdraft.ops.pack_weight import pack_scales
 from blockdraft.steps import Step
 
 Read = Callable[[str], Tensor]
-"""A tensor of the checkpoint by its native name, in the model's dtype (int8 as it is) and on its device."""
+"""A tensor of the checkpoint by its native name, in the model's dtype (of one byte: as it is) and on its device."""
 
 
 class LayerCache(NamedTuple):
@@ -173,8 +174,8 @@ class MoE(nn.Module):
         self.gate_up_proj = nn.Buffer(ops.pack_weight(read(experts + "gate_up_proj"), halves=2))
         self.expert_down_proj = nn.Buffer(ops.pack_weight(read(experts + "down_proj")))
         scaled = config.quantized_experts is not None
-        self.gate_up_scales = nn.Buffer(read(experts + "gate_up_proj_scale").squeeze(-1)) if scaled else None
-        self.expert_down_scales = nn.Buffer(read(experts + "down_proj_scale").squeeze(-1)) if scaled else None
+        self.gate_up_scales = nn.Buffer(pack_scales(read(experts + "gate_up_proj_scale"), 2)) if scaled else None
+        self.expert_down_scales = nn.Buffer(pack_scales(read(experts + "down_proj_scale"))) if scaled else None
         self.intermediate_size = config.moe_intermediate_size
         self.skip_identity = skip_identity
         self.eps = config.rms_norm_eps

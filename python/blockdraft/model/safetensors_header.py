@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 16 << 20  # the largest known header has 0.4 MB (2,483 tensor
 MAX_TENSORS = 1 << 16
 MAX_RANK = 4
 MAX_BYTES = 1 << 48  # of one tensor
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
 NAME_RULE = "a name has 1 to 200 letters, digits, '_' and '.'"
 

@@ -3,6 +3,7 @@
 import re
 
 from blockdraft.model.config import ZayaConfig
+from blockdraft.model.expert_formats import EXPERT_FORMATS
 
 RESIDUAL_SCALE = ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
 
@@ -16,6 +17,7 @@ ADAPTED = (
     "self_attn.o_proj",
 )
 
+FLOATS = ("F32", "BF16", "F16")
 QUANTIZED = (".experts.gate_up_proj", ".experts.down_proj")
 SCALES = (".experts.gate_up_proj_scale", ".experts.down_proj_scale")
 
@@ -103,7 +105,7 @@ def _attention_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _moe_shapes(config: ZayaConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    H, R, E, inner = config.hidden_size, config.router_hidden_size, config.num_experts, config.moe_intermediate_size
+    H, R, E = config.hidden_size, config.router_hidden_size, config.num_experts
     router = "mlp.gate.router_mlp."
     return {
         "post_attention_layernorm.weight": (H,),
@@ -117,20 +119,36 @@ def _moe_shapes(config: ZayaConfig, layer: int) -> dict[str, tuple[int, ...]]:
         f"{router}fc2.bias": (R,),
         f"{router}out_proj.weight": (E + 1, R),
         "mlp.gate.balancing_biases": (E + 1,),
-        "mlp.experts.gate_up_proj": (E, 2 * inner, H),
-        "mlp.experts.down_proj": (E, H, inner),
-        **(_scale_shapes(E, H, inner) if config.quantized_experts else {}),
+        **_expert_shapes(config),
         **{f"post_mlp_residual_scale.{leaf}": (H,) for leaf in RESIDUAL_SCALE},
     }
 
 
-def _scale_shapes(E: int, H: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {"mlp.experts.gate_up_proj_scale": (E, 2 * inner, 1), "mlp.experts.down_proj_scale": (E, H, 1)}
+def _expert_shapes(config: ZayaConfig) -> dict[str, tuple[int, ...]]:
+    E, H, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    shapes = {"mlp.experts.gate_up_proj": (E, 2 * inner, H), "mlp.experts.down_proj": (E, H, inner)}
+    if config.quantized_experts is None:
+        return {**shapes}
+    stored = EXPERT_FORMATS[config.quantized_experts]
+    values = {name: stored.values_shape(*shape) for name, shape in shapes.items()}
+    scales = {f"{name}_scale": stored.scales_shape(*shape) for name, shape in shapes.items()}
+    return {**values, **scales}
 
 
 def is_quantized(name: str, config: ZayaConfig) -> bool:
     """Whether a native tensor is stored in the bytes that the config names."""
     return config.quantized_experts is not None and name.endswith(QUANTIZED)
+
+
+def stored_dtypes(name: str, config: ZayaConfig) -> tuple[str, ...]:
+    """The dtypes that a native tensor may have in a file, in safetensors' words."""
+    if config.quantized_experts is not None:
+        stored = EXPERT_FORMATS[config.quantized_experts]
+        if name.endswith(QUANTIZED):
+            return (stored.values,)
+        if name.endswith(SCALES):
+            return stored.scales
+    return FLOATS
 
 
 def legacy_names(name: str, config: ZayaConfig) -> tuple[str, ...]:

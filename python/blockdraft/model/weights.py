@@ -21,12 +21,28 @@ from blockdraft.errors import CheckpointError
 from blockdraft.model.config import ZayaConfig
 from blockdraft.model.files import PLAIN_NAME, UnusableFile, open_regular, read_into, read_json, shown
 from blockdraft.model.safetensors_header import MAX_HEADER_BYTES, NAME_RULE, TENSOR_NAME, StoredTensor, read_header
-from blockdraft.model.tensor_names import SCALES, adapter_shapes, expected_shapes, is_quantized, legacy_names
+from blockdraft.model.tensor_names import (
+    FLOATS,
+    SCALES,
+    adapter_shapes,
+    expected_shapes,
+    legacy_names,
+    stored_dtypes,
+)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE = "draft_adapter.safetensors"  # of `blockdraft.convert`
 REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+# Exponents with which all products of scale and weight are 0 or normal numbers of bfloat16 (csrc/common/dtype.h).
+LEAST_MX_SCALE, MOST_MX_SCALE = 2, 252
 # Tied, so not used even where a file has it.
 LM_HEAD = "lm_head.weight"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -95,17 +111,18 @@ class Checkpoint:
             name: A native name.
 
         Returns:
-            The tensor in the dtype it is stored in; ``balancing_biases`` and the scales of int8 experts in float32.
+            The tensor in the dtype it is stored in; ``balancing_biases`` and the scales of experts' rows in float32.
 
         Raises:
-            CheckpointError: There is no such tensor, it holds NaN or infinity (in int8: -128), or its file has changed
-                since opening.
+            CheckpointError: There is no such tensor, it holds NaN or infinity (in int8: -128; as a block's scale: what
+                leaves the normal numbers of bfloat16), or its file has changed since opening.
         """
         if name not in self._parts or self._stack is None:
             reason = "not a tensor of this model" if self._stack else "the checkpoint is closed"
             raise CheckpointError(f"{self.folder}: {name}: {reason}")
-        tensor = _read_parts(self._parts[name], self._shapes[name])
-        return tensor.float() if name.endswith(("balancing_biases", *SCALES)) else tensor
+        tensor = _read_parts(self._parts[name], self._shapes[name], name.endswith(SCALES))
+        is_wide = name.endswith(("balancing_biases", *SCALES)) and tensor.dtype != torch.uint8
+        return tensor.float() if is_wide else tensor
 
     def close(self) -> None:
         """Closes the files. Tensors that were read stay valid."""
@@ -140,7 +157,7 @@ def read_adapters(folder: Path, config: ZayaConfig) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: the adapters are not those of this model")
         parts = {name: Part(name, shard) for name in shapes}
         for part in parts.values():
-            _check_dtype(part, quantized=False)
+            _check_dtype(part, FLOATS)
         return {name: _read_parts([part], shapes[name]) for name, part in parts.items()}
 
 
@@ -239,7 +256,7 @@ def _match(
     }
     for name, shape in shapes.items():
         _check_parts(parts[name], shape[1:] if is_legacy and ".experts." in name else shape)
-        _check_dtype(parts[name][0], is_quantized(name, config))
+        _check_dtype(parts[name][0], stored_dtypes(name, config))
     if LM_HEAD in stored:
         _check_parts([stored.pop(LM_HEAD)], shapes["model.embed_tokens.weight"])
     for part in stored.values():
@@ -266,9 +283,9 @@ def _check_parts(parts: list[Part], shape: tuple[int, ...]) -> None:
             raise CheckpointError(f"{where}: dtype {part.stored.dtype}, but {parts[0].stored.dtype} in expert 0")
 
 
-def _check_dtype(part: Part, quantized: bool) -> None:
-    if (part.stored.dtype == "I8") != quantized:
-        wanted = "I8, because of quantization_config" if quantized else "F32, BF16 or F16"
+def _check_dtype(part: Part, dtypes: tuple[str, ...]) -> None:
+    if part.stored.dtype not in dtypes:
+        wanted = "F32, BF16 or F16" if len(dtypes) > 1 else f"{dtypes[0]}, because of quantization_config"
         raise CheckpointError(f"{part.shard.path}: {part.name}: dtype {part.stored.dtype}, wanted {wanted}")
 
 
@@ -284,24 +301,33 @@ def _read_part(part: Part, rows: memoryview) -> None:
             raise UnusableFile("the file has changed since it was checked")
 
 
-def _read_parts(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
+def _read_parts(parts: list[Part], shape: tuple[int, ...], is_scale: bool = False) -> Tensor:
     """One behind the other, checked."""
     tensor = torch.empty(shape, dtype=DTYPES[parts[0].stored.dtype], device="cpu")
     rows = bytes_of(tensor)
     for i, part in enumerate(parts):
         size = part.stored.nbytes
         _read_part(part, rows[i * size : (i + 1) * size])
-    _check_finite(tensor, parts[0])
+    _check_values(tensor, parts[0], is_scale)
     return tensor
 
 
-def _check_finite(tensor: Tensor, part: Part) -> None:
+def _check_values(tensor: Tensor, part: Part, is_scale: bool) -> None:
+    where = f"{part.shard.path}: {part.name}"
+    if tensor.dtype == torch.float8_e4m3fn:  # 7f and ff are its NaN, the last of either sign; aminmax does not know it
+        codes = tensor.view(torch.int8)
+        if codes.max() == 127 or (codes == -1).any():
+            raise CheckpointError(f"{where}: holds NaN or infinity")
+        return
     # aminmax propagates NaN and runs at memory speed (12 GB/s of bfloat16 on 2 cores; isfinite().all(): 0.4).
     low, high = tensor.aminmax()
     if not (low.isfinite() and high.isfinite()):
-        raise CheckpointError(f"{part.shard.path}: {part.name}: holds NaN or infinity")
+        raise CheckpointError(f"{where}: holds NaN or infinity")
     if tensor.dtype == torch.int8 and low == -128:  # symmetric; the kernels' tables end at 127
-        raise CheckpointError(f"{part.shard.path}: {part.name}: holds -128, wanted -127 to 127")
+        raise CheckpointError(f"{where}: holds -128, wanted -127 to 127")
+    if tensor.dtype == torch.uint8 and is_scale and (low < LEAST_MX_SCALE or high > MOST_MX_SCALE):
+        wanted = f"{LEAST_MX_SCALE} to {MOST_MX_SCALE}"
+        raise CheckpointError(f"{where}: holds scales of exponent {int(low)} to {int(high)}, wanted {wanted}")
 
 
 def resolve_folder(path_or_hub_id: str | Path) -> Path:

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from blockdraft import ops, reference
 from blockdraft.bench.subject import Case, Copies, Setting, Subject, nbytes, spread
+from blockdraft.model.expert_formats import EXPERT_FORMATS
+from blockdraft.ops.pack_weight import pack_scales
 from blockdraft.quantize import quantized
+from blockdraft.reference.pack_weight import mx_values
 
 
 class MoeExperts(Case):
@@ -26,7 +29,7 @@ class MoeExperts(Case):
         self.ids = uniform_ids(rows, s.experts)
         self.touched = self.ids.unique().numel()
         self.topk_weights = torch.rand(rows)
-        self.cold_bytes = packed.bytes // s.experts * self.touched
+        self.cold_bytes = (packed.bytes + (nbytes(*scales) if is_mx(scales) else 0)) // s.experts * self.touched
         self.touched_bytes = self.cold_bytes + 2 * nbytes(self.x)
         self.note = f"experts touched: {self.touched} of {s.experts}"
         if scales:
@@ -67,6 +70,26 @@ class MoeExperts(Case):
         return [(outputs[0][rows], exact)]
 
 
+def is_mx(scales: tuple[Tensor, ...]) -> bool:
+    return bool(scales) and scales[0].dtype == torch.uint8
+
+
+def of_format(setting: Setting, experts: str, gate_up: Tensor, down: Tensor) -> Callable[[int], MoeExperts]:
+    (up_values, up_scales), (down_values, down_scales) = quantized(gate_up, experts), quantized(down, experts)
+    packed = setting.packed_copies(ops.pack_weight(up_values, halves=2), ops.pack_weight(down_values))
+    scales = pack_scales(up_scales, halves=2), pack_scales(down_scales)
+    wide = widened(up_values, up_scales, setting.dtype), widened(down_values, down_scales, setting.dtype)
+    plain = setting.copies(*wide)
+    return partial(MoeExperts, setting, packed, scales, plain)
+
+
+def widened(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def of_expert(values: Tensor, scales: Tensor) -> Tensor:
+        return mx_values(values, scales) if scales.dtype == torch.uint8 else values.float() * scales
+
+    return torch.stack([of_expert(v, s).to(dtype) for v, s in zip(values, scales, strict=True)])
+
+
 def uniform_ids(rows: int, experts: int) -> Tensor:
     """Expert of each row, drawn independently until as many differ as do on average; those are 0, 1, ..."""
     wanted = round(experts * (1 - (1 - 1 / experts) ** rows))
@@ -82,8 +105,6 @@ def subjects(setting: Setting) -> Iterator[Subject]:
     down = setting.normal(E, H, inner, scale=inner**-0.5)
     packed = setting.packed_copies(ops.pack_weight(gate_up, halves=2), ops.pack_weight(down))
     yield Subject("moe_experts", partial(MoeExperts, setting, packed, (), setting.copies(gate_up, down)))
-    (up_values, up_scales), (down_values, down_scales) = quantized(gate_up), quantized(down)
-    packed = setting.packed_copies(ops.pack_weight(up_values, halves=2), ops.pack_weight(down_values))
-    scales = up_scales.squeeze(-1), down_scales.squeeze(-1)
-    plain = setting.copies((up_values * up_scales).to(setting.dtype), (down_values * down_scales).to(setting.dtype))
-    yield Subject("moe_experts, int8", partial(MoeExperts, setting, packed, scales, plain))
+    for experts, stored in EXPERT_FORMATS.items():
+        if not stored.block or H % stored.block == 0 == inner % stored.block:
+            yield Subject(f"moe_experts, {experts}", of_format(setting, experts, gate_up, down))
