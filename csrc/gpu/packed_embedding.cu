@@ -13,6 +13,8 @@ __global__ void __launch_bounds__(kThreads) packed_embedding_kernel(PackedEmbedd
   const bool exists = id >= 0 && id < p.V;
   const T* panel = static_cast<const T*>(p.packed) + (exists ? id : 0) / kPanel * p.pairs * kPair;
   T* out = static_cast<T*>(p.out) + blockIdx.x * p.H;
+  if (blockIdx.x == 0)
+    for (int64_t i = threadIdx.x; i < p.arrival_count; i += kThreads) p.arrivals[i] = 0;
   for (int64_t k = threadIdx.x; k < p.H; k += kThreads)
     out[k] = exists ? panel[k / 2 * kPair + in_pair<T>(id % kPanel, k)] : T{};
 }

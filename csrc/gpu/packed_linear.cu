@@ -1,3 +1,5 @@
+#include "gpu/device/arrive.cuh"
+#include "gpu/device/norm_row.cuh"
 #include "gpu/device/panel.cuh"
 #include "ops/packed_linear.h"
 
@@ -10,9 +12,8 @@ constexpr int kThreads = kWarps * kWarpSize;
 // A block takes kWarpPanels panels and kRows rows. Blocks with the same panels are neighbours: the first one that reads
 // a weight leaves it in the L2 cache for the others.
 template <class T, class Out, int kRows>
-__global__ void __launch_bounds__(kThreads, 2) packed_linear_kernel(PackedLinearParams p) {
+__device__ void multiply(const PackedLinearParams& p, float* shared) {
   using Product = BlockProduct<T, kWarpPanels, kRows, kWarps>;
-  __shared__ __align__(16) float shared[Product::kFloats];
   const int64_t chunks = (p.T + kRows - 1) / kRows;
   const int64_t panel = blockIdx.x / chunks * kWarpPanels, first = blockIdx.x % chunks * kRows;
   const T* x = static_cast<const T*>(p.x);
@@ -26,6 +27,24 @@ __global__ void __launch_bounds__(kThreads, 2) packed_linear_kernel(PackedLinear
       static_cast<Out*>(p.out)[t * p.N + n] =
           from_float<Out>(product.sum(at / Product::kOutputs, at % Product::kOutputs));
   }
+}
+
+template <class T, int kRows>
+constexpr int kSums = BlockProduct<T, kWarpPanels, kRows, kWarps>::kFloats;
+
+template <class T, class Out, int kRows>
+__global__ void __launch_bounds__(kThreads, 2) packed_linear_kernel(PackedLinearParams p) {
+  __shared__ __align__(16) float shared[kSums<T, kRows>];
+  multiply<T, Out, kRows>(p, shared);
+}
+
+// All rows are those of every block, and the last one normalises them.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kThreads, 2)
+    packed_linear_norm_kernel(PackedLinearParams p, ResidualNormParams norm, bool aligned, int32_t* arrivals) {
+  __shared__ __align__(16) float shared[kSums<T, kRows>];
+  multiply<T, T, kRows>(p, shared);
+  if (is_last(arrivals, 1, static_cast<int>(gridDim.x), shared)) norm_rows_of<T, kWarps>(norm, aligned, 0, p.T);
 }
 
 template <class T, class Out, int kRows>
@@ -42,7 +61,26 @@ void launch_for_rows(const PackedLinearParams& p, void* stream) {
   p.T <= 16 ? launch<T, Out, 16>(p, stream) : launch<T, Out, 32>(p, stream);
 }
 
+template <class T, int kRows>
+void launch_with_norm(const PackedLinearParams& p, const ResidualNormParams& norm, int32_t* arrivals, void* stream) {
+  static_assert(kMostJoinedRows == 32, "the rows of a block");
+  const int64_t strips = (p.panels + kWarpPanels - 1) / kWarpPanels;
+  BLOCKDRAFT_LAUNCH((packed_linear_norm_kernel<T, kRows>), dim3(static_cast<unsigned>(strips)), dim3(kThreads), 0,
+                    stream, p, norm, is_aligned(norm), arrivals);
+}
+
 }  // namespace
+
+const char* packed_linear_norm(const PackedLinearParams& p, const ResidualNormParams& norm, int32_t* arrivals,
+                               void* stream) {
+  visit_dtype(p.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (kTileRows == 8)
+      if (p.T <= 8) return launch_with_norm<T, 8>(p, norm, arrivals, stream);
+    p.T <= 16 ? launch_with_norm<T, 16>(p, norm, arrivals, stream) : launch_with_norm<T, 32>(p, norm, arrivals, stream);
+  });
+  return last_error();
+}
 
 const char* packed_linear(const PackedLinearParams& p, void* stream) {
   if (p.dtype == DType::kFloat32)

@@ -218,6 +218,7 @@ struct Layers {
   MoeRouterParams router{};
   MoeExpertsParams experts{};
   void* x = nullptr;                                       // [T, H] of dtype, normed
+  int32_t* arrivals = nullptr;                             // GPU: [kArrivals]
   float *residual = nullptr, *next_residual = nullptr;     // [T, H]
   float *router_states = nullptr, *next_states = nullptr;  // [T, R]
 
@@ -262,7 +263,8 @@ struct Layers {
     }
   }
 
-  void linear(const void* in, const void* packed, int64_t N, int64_t K, void* out, Workspace& room) const {
+  void linear(const void* in, const void* packed, int64_t N, int64_t K, void* out, Workspace& room,
+              const ResidualNormParams* then = nullptr) const {
     run(PackedLinearParams{.x = in,
                            .rows = nullptr,
                            .packed = packed,
@@ -274,7 +276,7 @@ struct Layers {
                            .pairs = ceil_div(K, 2),
                            .dtype = norm.dtype,
                            .out_float32 = false},
-        room);
+        room, then, arrivals);
   }
 
   // Room for what passes from layer to layer, and the start of the stream.
@@ -297,8 +299,8 @@ struct Layers {
     return rotary_of(mix, kept);
   }
 
-  // Attention of layer i: hidden states [T, H].
-  void* attend(int64_t i, const LayerKind& kind, const AttentionPlan& plan, Workspace& room) {
+  // Attention of layer i and the norm after it.
+  void attend(int64_t i, const LayerKind& kind, const AttentionPlan& plan, Workspace& room) {
     const AttentionWeights& w = attention_weights;
     CcaMixParams& m = mix;
     const int64_t q_size = m.Hq * m.D, kv_size = m.Hkv * m.D;
@@ -321,12 +323,14 @@ struct Layers {
     a.out = room.take(m.T * q_size, m.dtype);
     run(a, plan, room);
     void* out = room.take(norm.T * norm.H, norm.dtype);
-    linear(a.out, w.o_proj[i], norm.H, q_size, out, room);
-    return out;
+    set_norm(i, post_attention, out);
+    linear(a.out, w.o_proj[i], norm.H, q_size, out, room, joined());
+    if (!joined()) run(norm, room);
+    std::swap(residual, next_residual);
   }
 
-  // The experts of layer i: hidden states [T, H].
-  void* mlp(int64_t i, Workspace& room) {
+  // The experts of layer i and the norm after them.
+  void mlp(int64_t i, Workspace& room) {
     const MoeWeights& w = moe_weights;
     MoeRouterParams& r = router;
     r.x = x;
@@ -347,25 +351,28 @@ struct Layers {
     e.gate_up_proj = w.gate_up_proj[i], e.down_proj = w.expert_down_proj[i];
     e.gate_up_scales = w.gate_up_scales[i], e.down_scales = w.expert_down_scales[i];
     e.out = room.take(e.T * e.H, e.dtype);
+    set_norm(i, post_mlp, e.out);
     run(e, room);
-    return e.out;
+    run(norm, room);
+    std::swap(residual, next_residual);
   }
 
-  void merge(int64_t i, const MergeWeights& w, const void* hidden_states, Workspace& room) {
+  // The norm where the kernel before it goes on with it.
+  const ResidualNormParams* joined() const { return arrivals && norm.T <= kMostJoinedRows ? &norm : nullptr; }
+
+  void set_norm(int64_t i, const MergeWeights& w, const void* hidden_states) {
     norm.hidden_states = hidden_states, norm.residual = residual;
     norm.hidden_states_scale = w.hidden_states_scale.floats(i),
     norm.hidden_states_bias = w.hidden_states_bias.floats(i);
     norm.residual_scale = w.residual_scale.floats(i), norm.residual_bias = w.residual_bias.floats(i);
     norm.norm_weight = w.norm_weight.floats(i);
     norm.normed = x, norm.residual_out = next_residual;
-    run(norm, room);
-    std::swap(residual, next_residual);
   }
 
   void layer(int64_t i, const LayerKind& kind, const AttentionPlan& plan, Workspace& room) {
     room.reset();
-    merge(i, post_attention, attend(i, kind, plan, room), room);
-    merge(i, post_mlp, mlp(i, room), room);
+    attend(i, kind, plan, room);
+    mlp(i, room);
   }
 };
 
@@ -390,13 +397,16 @@ void run(Layers& layers, const InputWeights& input, const int32_t* token_ids, in
   Workspace kept(hidden_states, kLeastRoom), room(hidden_states, kLeastRoom);
   const ResidualNormParams& norm = layers.norm;
   void* embedded = room.take(norm.T * norm.H, norm.dtype);
+  if constexpr (kBackend != Backend::kCpu) layers.arrivals = kept.take<int32_t>(kArrivals);
   run(PackedEmbeddingParams{.token_ids = token_ids,
                             .packed = input.embedding.first,
                             .out = embedded,
+                            .arrivals = layers.arrivals,
                             .T = norm.T,
                             .V = vocab_size,
                             .H = norm.H,
                             .pairs = layers.router.pairs,
+                            .arrival_count = layers.arrivals ? kArrivals : 0,
                             .dtype = norm.dtype},
       room);
   layers.start(input, embedded, hidden_states.mutable_data_ptr(), kept);

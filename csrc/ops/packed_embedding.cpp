@@ -19,10 +19,12 @@ Tensor packed_embedding(const Tensor& token_ids, const Tensor& packed_weight, in
   const PackedEmbeddingParams p{.token_ids = read<int32_t>(token_ids),
                                 .packed = packed_weight.const_data_ptr(),
                                 .out = out.mutable_data_ptr(),
+                                .arrivals = nullptr,
                                 .T = T,
                                 .V = num_embeddings,
                                 .H = embedding_dim,
                                 .pairs = pairs,
+                                .arrival_count = 0,
                                 .dtype = to_dtype(packed_weight.scalar_type())};
   Workspace workspace(token_ids);
   run(p, workspace);

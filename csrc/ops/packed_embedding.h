@@ -11,7 +11,8 @@ struct PackedEmbeddingParams {
   const int32_t* token_ids;  // [T], in [0, V)
   const void* packed;        // [panels, pairs, 64] of dtype
   void* out;                 // [T, H] of dtype
-  int64_t T, V, H, pairs;
+  int32_t* arrivals;         // GPU: [arrival_count], set to 0 for later kernels; may be nullptr
+  int64_t T, V, H, pairs, arrival_count;
   DType dtype;
 };
 

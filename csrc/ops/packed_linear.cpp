@@ -35,12 +35,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed_weight, int64_t out_f
 
 }  // namespace
 
-void run(PackedLinearParams p, Workspace& workspace) {
+void run(PackedLinearParams p, Workspace& workspace, [[maybe_unused]] const ResidualNormParams* norm,
+         [[maybe_unused]] int32_t* arrivals) {
   if constexpr (kBackend == Backend::kCpu) {
     p.rows = product_rows(p.x, p.T, p.K, p.dtype, workspace);
     run_tasks(cpu::packed_linear, p, p.panels, 16384 / (p.pairs * p.T));
   } else {
-    launch_gpu("packed_linear", workspace.like(), [&](void* stream) { return gpu::packed_linear(p, stream); });
+    launch_gpu("packed_linear", workspace.like(), [&](void* stream) {
+      return norm ? gpu::packed_linear_norm(p, *norm, arrivals, stream) : gpu::packed_linear(p, stream);
+    });
   }
 }
 

@@ -3,7 +3,9 @@
 // values and the weight alone.
 #include <cstdint>
 
+#include "common/arrivals.h"
 #include "common/dtype.h"
+#include "ops/residual_norm.h"
 
 namespace blockdraft {
 
@@ -36,6 +38,10 @@ void packed_linear(const PackedLinearParams& p, int64_t begin, int64_t end);
 
 namespace gpu {
 const char* packed_linear(const PackedLinearParams& p, void* stream);
+// And the norm of out, which is norm.hidden_states and of dtype, in one launch, with the bits of two. Up to
+// kMostJoinedRows rows; arrivals: [kArrivals].
+const char* packed_linear_norm(const PackedLinearParams& p, const ResidualNormParams& norm, int32_t* arrivals,
+                               void* stream);
 }  // namespace gpu
 
 }  // namespace blockdraft

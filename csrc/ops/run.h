@@ -20,7 +20,9 @@ struct AttentionPlan {
 };
 
 void run(const PackedEmbeddingParams& p, Workspace& workspace);
-void run(PackedLinearParams p, Workspace& workspace);
+// GPU: with the norm of what comes out (common/arrivals.h), nullptr for none.
+void run(PackedLinearParams p, Workspace& workspace, const ResidualNormParams* norm = nullptr,
+         int32_t* arrivals = nullptr);
 void run(const ResidualNormParams& p, Workspace& workspace);
 void run(CcaMixParams p, Workspace& workspace);  // CPU: makes p.rotary where it is nullptr
 void run(BlockAttentionParams p, const AttentionPlan& plan, Workspace& workspace);

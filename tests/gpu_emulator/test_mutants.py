@@ -46,6 +46,9 @@ MUTANTS = [
     Mutant("residual_norm", "device/reduce.cuh", 1, warp=64),
     Mutant(None, "device/reduce.cuh", 2, tests="block_sum"),  # residual_norm takes one sum only
     Mutant(None, "device/reduce.cuh", 2, warp=64, tests="block_sum"),
+    # Without the first barrier of arrive.cuh the second one still orders what is written in a block.
+    Mutant(None, "device/arrive.cuh", 2, tests="arrives"),
+    Mutant(None, "device/arrive.cuh", 2, warp=64, tests="arrives"),
     Mutant("packed_linear", "device/panel.cuh", 2),  # the first is for operators that give their rows in parts
     Mutant("packed_linear", "device/panel.cuh", 2, warp=64),
     Mutant("moe_experts", "moe_experts.cu", 1),

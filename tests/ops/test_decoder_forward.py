@@ -117,6 +117,17 @@ def test_matches_modules(backend, load, name, dtype):
             assert all(t.isfinite().all() for t in ours)
 
 
+@dtypes
+@pytest.mark.parametrize("step", ["ar", "verify", "groups", "ragged"])
+def test_joined_kernels_match_modules(gpu, folders, monkeypatch, dtype, step):
+    """Of 1, 16, 23 and 43 rows, of which the last are too many; with a skip class that wins, and by identity."""
+    monkeypatch.setattr(torch.ops, "blockdraft", getattr(torch.ops, gpu.namespace))
+    for name in ("skip-identity", "int8"):
+        model = load_model(folders(name), name, dtype, gpu.device)
+        expected = results(model, step, fused=False)
+        assert all(same_bits(a, b) for a, b in zip(results(model, step, fused=True), expected, strict=True)), name
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_matches_reference(cpu, folders, name):
     """float32 against float64: some 20 roundings of 2^-24 a layer, worst seen 3e-6 of the largest value."""
