@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "nano"))
 pytest.importorskip("matplotlib")
@@ -112,6 +113,22 @@ def test_ablation(tmp_path):
     assert heads == ["shared", "separate", "markov"]
     parents = [convert.load(tmp_path / f"{arm}-0").config.mask_parent for arm in ("prefix", "mask", "zero")]
     assert parents == ["anchor", "previous", "none"]
+
+
+def test_a_draft_head_alone(tmp_path):
+    """What the checkpoint had stays, balancing biases included; only matrices of the drafts come and learn."""
+    common = ["--size", "tiny", "--max-bytes", "200000", "--batch", "2", "--length", "64"]
+    train.main([str(tmp_path / "base"), *common, "--steps", "3", "--convert-steps", "2"])
+    head = ["--init", str(tmp_path / "base"), "--steps", "0", "--draft-head", "markov", "--only-draft-head"]
+    train.main([str(tmp_path / "head"), *common, *head, "--convert-steps", "3"])
+    base, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "head"))
+    assert all(torch.equal(value, trained[name]) for name, value in base.items())
+    assert {name.split(".")[0] for name in trained.keys() - base.keys()} == {
+        "diffusion_output_layer",
+        "diffusion_markov_head",
+    }
+    embeddings = next(value for name, value in base.items() if "embed_tokens" in name)
+    assert not torch.equal(trained["diffusion_output_layer.weight"], embeddings)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [([1, 2] * 10, True), (list(range(20)), False), ([5] * 20, True)])
