@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from blockdraft.cache import Cache, CachedSequence
 from blockdraft.decide import Ask, columns_of, decide
 from blockdraft.errors import RequestError
+from blockdraft.outputs import StreamEvent
 from blockdraft.plan import CostTable, table_path
 from blockdraft.processors import Processors
 from blockdraft.runner import Inputs, Late, LateInputs
@@ -93,7 +95,8 @@ def measure(model: "ZayaForCausalLM", context: int = 128, rounds: int = 7) -> Co
     room = model.config.max_position_embeddings - ROWS[-1]
     context = max(1, min(context, room))
     table = _measure_steps(model, context, rounds)
-    return replace(table, verify_ms=_verify_ms(model, table, context, rounds), source="measured")
+    verify_ms, mixed_ms = _verify_ms(model, table, context, rounds)
+    return replace(table, verify_ms=verify_ms, mixed_ms=mixed_ms, source="measured")
 
 
 def _measure_steps(model: "ZayaForCausalLM", context: int, rounds: int) -> CostTable:
@@ -133,21 +136,45 @@ def _medians(forwards: dict[int | str, Forward], rounds: int) -> dict[int | str,
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def _verify_ms(model: "ZayaForCausalLM", table: CostTable, context: int, rounds: int) -> float:
-    """What the decoding loop takes longer with drafts to verify than without, beyond their rows."""
+def _verify_ms(model: "ZayaForCausalLM", table: CostTable, context: int, rounds: int) -> tuple[float, float]:
+    """What a forward with a block to verify takes longer than its rows: by that sequence, and by each further one."""
+    n = min(BATCH, model.max_batch_size, model.kv_cache_tokens // (context + DECODED + model.config.block_length))
+    alone = _longer(model, table, context, rounds, 1)
+    return alone, max(0.0, _longer(model, table, context, rounds, n) - alone) / (n - 1) if n > 1 else 0.0
+
+
+def _longer(model: "ZayaForCausalLM", table: CostTable, context: int, rounds: int, n: int) -> float:
+    """Milliseconds of the decoding loop where one of n sequences verifies drafts in every third forward.
+
+    The next forward counts as well: what is kept from one plain step to the next is made anew then, and what is in the
+    caches of the processor changes.
+    """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
-    plain = SamplingParams(sampler="ar", max_tokens=DECODED, ignore_eos=True, seed=0)
     drafts = torch.randint(model.config.vocab_size, (DECODED, DRAFTS), generator=generator).tolist()
-    drafter = lambda known, count: drafts[len(known) % DECODED][:count]  # noqa: E731
+    plain = SamplingParams(sampler="ar", max_tokens=DECODED, ignore_eos=True, seed=0)
+    drafter = lambda known, count: [] if len(known) % 3 else drafts[len(known) % DECODED][:count]  # noqa: E731
     drafting = replace(plain, sampler="lossless", drafter=drafter, groups=0)
-    times: dict[str, list[float]] = {AR: [], VERIFY: []}
-    for params in (plain, drafting) * rounds:
-        for event in model.stream(prompt, params):
-            if event.kind in times:
-                times[event.kind].append(event.seconds)
-    longer = statistics.median(times[VERIFY]) - statistics.median(times[AR])
-    return max(0.0, 1e3 * longer - (table.time(1 + DRAFTS, 1) - table.time(1, 1)))
+    calm, mixed = [], []
+    for _ in range(rounds):
+        calm += [seconds for _, seconds in _steps(model, [prompt] * n, [plain] * n)]
+        steps = _steps(model, [prompt] * n, [drafting, *[plain] * (n - 1)])
+        mixed += [seconds + after for (kind, seconds), (_, after) in pairwise(steps) if kind == VERIFY]
+    longer = statistics.median(mixed) - 2 * statistics.median(calm)
+    return max(0.0, 1e3 * longer - (table.time(n + DRAFTS, n) - table.time(n, n)))
+
+
+def _steps(model: "ZayaForCausalLM", prompts: list[list[int]], params: list[SamplingParams]) -> list[tuple[str, float]]:
+    """What the first sequence did, and seconds, of the forwards in which all sequences decode."""
+    forwards: list[list[StreamEvent]] = []
+    for event in model.stream(prompts, params):
+        if event.request == 0:
+            forwards.append([])
+        forwards[-1].append(event)
+    decoding = [
+        events for events in forwards if len(events) == len(prompts) and {e.kind for e in events} <= {AR, VERIFY}
+    ]
+    return [(events[0].kind, events[0].seconds) for events in decoding]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +200,8 @@ def main(model: "ZayaForCausalLM", args: argparse.Namespace) -> int:
         print(f"{rows:>6} {ms:>9.3f} {ms / table.ms[0]:>10.2f}x")
     print(
         f"each further sequence: {table.sequence_ms:.3f} ms; choice from a mask group: {table.late_ms:.3f} ms;"
-        f" each sequence that verifies: {table.verify_ms:.3f} ms"
+        f" each sequence that verifies: {table.verify_ms:.3f} ms;"
+        f" each further sequence beside such: {table.mixed_ms:.3f} ms"
     )
     print(f"written to {path}")
     return 0

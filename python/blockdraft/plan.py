@@ -94,6 +94,7 @@ class CostTable:
         sequence_ms: Added by each sequence but the first.
         late_ms: Added where drafts are chosen after verification, from a mask group beside the verified rows.
         verify_ms: Added by each sequence that verifies: what is done for it besides its rows.
+        mixed_ms: Added by each sequence but the first to a forward in which one verifies.
         source: Where it is from.
     """
 
@@ -102,6 +103,7 @@ class CostTable:
     sequence_ms: float = 0.0
     late_ms: float = 0.0
     verify_ms: float = 0.0
+    mixed_ms: float = 0.0
     source: str = "modelled"
 
     def __post_init__(self) -> None:
@@ -115,7 +117,8 @@ class CostTable:
         while i < len(self.rows) - 1 and self.rows[i] < rows:
             i += 1
         (r0, r1), (t0, t1) = self.rows[i - 1 : i + 1], self.ms[i - 1 : i + 1]
-        more = max(0.0, sequences - 1) * self.sequence_ms + verifying * self.verify_ms
+        each = self.sequence_ms + min(1.0, verifying) * self.mixed_ms
+        more = max(0.0, sequences - 1) * each + verifying * self.verify_ms
         return t0 + (rows - r0) * max(0.0, t1 - t0) / (r1 - r0) + more
 
     @classmethod
@@ -157,6 +160,7 @@ class CostTable:
                 data["sequence_ms"],
                 data["late_ms"],
                 data.get("verify_ms", 0.0),
+                data.get("mixed_ms", 0.0),
                 str(found),
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -274,11 +278,15 @@ class Price:
         costs: Forward times.
         rate: Tokens whose worth is a millisecond; see `Planner.prices`.
         option: How the sequence goes on.
-        others, sequences: Rows of the rest of the batch, and sequences of all of it.
+        others, verifying: Rows of the rest of the batch, and how many of it verify in a forward.
+        sequences: Of all of the batch.
     """
 
-    def __init__(self, costs: CostTable, rate: float, option: Option, others: float, sequences: int) -> None:
-        self.costs, self.rate, self.option, self.others, self.sequences = costs, rate, option, others, sequences
+    def __init__(
+        self, costs: CostTable, rate: float, option: Option, others: float, verifying: float, sequences: int
+    ) -> None:
+        self.costs, self.rate, self.option, self.sequences = costs, rate, option, sequences
+        self.others, self.verifying = others, verifying
         self.known: dict[int, float] = {}
 
     def __call__(self, rows: int) -> float:
@@ -288,7 +296,7 @@ class Price:
         return self.known[rows]
 
     def _time(self, rows: float, verifies: float) -> float:
-        return self.costs.time(self.others + rows, self.sequences, verifies)
+        return self.costs.time(self.others + rows, self.sequences, self.verifying + verifies)
 
     def gained(self, rows: int, tokens: int) -> float:
         """Milliseconds that a forward with so many of its rows saved by the tokens that it brought."""
@@ -487,9 +495,10 @@ class Planner:
             waiting: Whether others wait.
         """
         n, rows, share = len(picked), sum(o.mean_rows for o in picked), 1 / self.rate(picked)
+        verifying = sum(o.verifies for o in picked)
         added = self.costs.time(n, n) - self.costs.time(n - 1, n - 1) if n > 1 and not waiting else share
         rate = 2 / (share + min(share, added))
-        known = {o: Price(self.costs, rate, o, rows - o.mean_rows, n) for o in picked}
+        known = {o: Price(self.costs, rate, o, rows - o.mean_rows, verifying - o.verifies, n) for o in picked}
         return [known[o] for o in picked]
 
 

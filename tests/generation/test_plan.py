@@ -227,6 +227,18 @@ def test_a_block_to_verify_has_its_own_cost():
     assert plans.spent == costs.time(8, 2, 1)
 
 
+def test_sequences_beside_a_block_have_their_cost():
+    """Once for a forward, whoever verifies in it: a second one there does not pay it again."""
+    costs = replace(MIDDLE, mixed_ms=0.125)
+    assert costs.time(8, 4) == MIDDLE.time(8, 4)
+    assert costs.time(8, 4, 0.5) == pytest.approx(MIDDLE.time(8, 4) + 0.1875)
+    assert costs.time(8, 4, 1) == costs.time(8, 4, 3) == pytest.approx(MIDDLE.time(8, 4) + 0.375)
+    verifying = Option(8, (), 3.0, 8.0, verifies=1.0)
+    for beside, more in ((PLAIN, 0.125), (verifying, 0.0)):
+        price, free = (Planner(c, 16).prices([PLAIN, beside], True)[0] for c in (costs, MIDDLE))
+        assert price(8) - price(1) == pytest.approx(price.rate * ((free(8) - free(1)) / free.rate + more))
+
+
 def test_texts_are_followed_while_that_pays():
     """For some hundred tokens at first; without gain one period in 64; with gain, on and on."""
 

@@ -611,7 +611,7 @@ def test_calibrate_times_replays(model, monkeypatch):
         shapes.append((len(x.lengths), len(x.token_ids), len(x.head_rows)))
         return decode(self, cache, x)
 
-    def afterwards(*arguments: object) -> float:
+    def afterwards(*arguments: object) -> tuple[float, float]:
         assert not graphs.lent
         assert len(graphs.cache.free_pages) == graphs.cache.num_pages
         assert not any(x.any() for x in whole(graphs.cache)[2:])  # nothing was committed
