@@ -268,7 +268,7 @@ def test_drawn_seed_is_reported_and_repeats(model):
 
 def test_drafter_out_of_range(model):
     with pytest.raises(RequestError, match="drafter must return token ids"):
-        model.generate(["x"], SamplingParams(max_tokens=20, drafter=lambda tokens, count: [10_000]))
+        model.generate(["x"], SamplingParams(max_tokens=20, drafter=lambda tokens, count: [10_000], groups=0))
 
 
 def test_logits_refusals(model):
